@@ -1,0 +1,92 @@
+"""Shared records that describe ports, and what every port kind has in common.
+
+Numba-free. The manager writes the control fields, workers the rest; each field says so.
+All addresses and fd numbers in these records are valid in every worker.
+"""
+
+from typing import Final
+
+import numpy as np
+
+MAX_PORTS: Final = 256
+MAX_PAIRS: Final = 8  # queue pairs a port
+RINGS_PER_PORT: Final = 2 * MAX_PAIRS
+MAX_REGIONS: Final = 32  # rows of one memory table
+
+# PORT.kind
+KIND_NONE: Final = 0
+KIND_VHOST_USER: Final = 1
+KIND_TAP: Final = 2
+
+# Ring n of a port is virtqueue n of its device (virtio 1.2 §5.1.2): even ones are the
+# guest's receive queues, which we transmit into; odd ones its transmit queues, which we
+# receive from. A tap has one pair in the same places.
+TX: Final = 0
+RX: Final = 1
+
+# RING.state. Manager: STOPPED -> STARTING, any -> STOPPED. Owner: STARTING -> RUNNING,
+# RUNNING -> BROKEN.
+RING_STOPPED: Final = 0
+RING_STARTING: Final = 1
+RING_RUNNING: Final = 2
+RING_BROKEN: Final = 3
+
+NO_FD: Final = -1
+
+RING: Final = np.dtype(
+    [
+        # Written by the manager while the ring is stopped and every worker knows it,
+        # except state, enabled, owner and the fds, which may change at any time.
+        ("state", "<i8"),
+        ("enabled", "<i8"),  # 0 or 1
+        ("owner", "<i8"),  # worker that polls it (rx), starts and repairs it (both)
+        ("port", "<i8"),
+        ("shared", "<i8"),  # 1: several workers may put into it, so take the lock
+        ("size", "<i8"),  # entries, a power of two
+        ("header_len", "<i8"),  # bytes of virtio-net header, 12 or 10
+        ("features", "<i8"),  # negotiated virtio feature bits
+        ("desc", "<i8"),  # our addresses of the three parts
+        ("avail", "<i8"),
+        ("used", "<i8"),
+        ("kick_fd", "<i8"),  # what a sleeping worker waits for; the tap itself for a tap
+        ("call_fd", "<i8"),
+        ("err_fd", "<i8"),
+        ("control_pad", "<i8", (2,)),
+        # Written by the worker that polls it, or by whoever holds the lock.
+        ("lock", "<i8"),  # 0 free, else worker number + 1
+        ("next_avail", "<i8"),  # free-running, modulo 2**16
+        ("next_used", "<i8"),
+        ("signalled_used", "<i8"),  # next_used at the last call check; -1: call first
+        ("last_src", "<i8"),  # last source key learned, saves a lookup
+        ("last_src_s", "<i8"),  # second in which that was
+        ("last_dst", "<i8"),
+        ("last_dst_port", "<i8"),
+        ("data_pad", "<i8", (8,)),
+    ]
+)
+
+REGION: Final = np.dtype(
+    [
+        ("gpa", "<i8"),  # guest-physical address of the first byte
+        ("size", "<i8"),  # bytes
+        ("addr", "<i8"),  # where every worker has it mapped
+        ("frontend_va", "<i8"),  # the front-end's address, used only at set-up
+    ]
+)
+
+PORT: Final = np.dtype(
+    [
+        # Written by the manager.
+        ("kind", "<i8"),  # KIND_*
+        ("up", "<i8"),  # 1: takes part in forwarding
+        ("pairs", "<i8"),  # enabled queue pairs that we may transmit into
+        ("regions", "<i8"),  # first row in REGION << 8 | number of rows, one store
+        ("fd", "<i8"),  # tap fd, NO_FD for others
+        ("max_frame", "<i8"),  # longest frame we may transmit, bytes
+        ("max_addresses", "<i8"),
+        ("control_pad", "<i8"),
+        # Written by workers, atomically.
+        ("addresses", "<i8"),  # learned addresses behind this port
+        ("data_pad", "<i8", (7,)),
+    ]
+)

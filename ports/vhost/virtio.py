@@ -1,0 +1,79 @@
+"""Virtio and virtio-net facts: layouts and bits, each written once.
+
+Numba-free, so that the manager may import it. Field offsets are derived from the
+dtypes; `tests/ports/vhost/test_virtio.py` pins them to the numbers in the spec.
+
+virtio 1.2 §2.7 (split virtqueues), §5.1 (network device).
+"""
+
+from typing import Final
+
+import numpy as np
+
+# struct virtq_desc, virtio 1.2 §2.7.5. One buffer; chains by `next`.
+DESC: Final = np.dtype(
+    [
+        ("addr", "<u8"),  # guest-physical address
+        ("len", "<u4"),  # bytes
+        ("flags", "<u2"),  # DESC_F_*
+        ("next", "<u2"),  # index in the same table, meaningful with DESC_F_NEXT
+    ]
+)
+DESC_SIZE: Final = DESC.itemsize
+
+DESC_F_NEXT: Final = 1
+DESC_F_WRITE: Final = 2
+DESC_F_INDIRECT: Final = 4
+
+# struct virtq_avail, virtio 1.2 §2.7.6: u16 flags, u16 idx, u16 ring[N], u16 used_event
+AVAIL_FLAGS: Final = 0
+AVAIL_IDX: Final = 2
+AVAIL_RING: Final = 4
+AVAIL_F_NO_INTERRUPT: Final = 1
+
+# struct virtq_used, virtio 1.2 §2.7.8: u16 flags, u16 idx, {u32 id, u32 len}[N], u16 avail_event
+USED_FLAGS: Final = 0
+USED_IDX: Final = 2
+USED_RING: Final = 4
+USED_ELEM_SIZE: Final = 8
+USED_F_NO_NOTIFY: Final = 1
+
+MAX_QUEUE_SIZE: Final = 32768
+
+
+def avail_len(size: int) -> int:
+    """Bytes of an available ring of `size` entries, event word included."""
+    return AVAIL_RING + 2 * size + 2
+
+
+def used_len(size: int) -> int:
+    """Bytes of a used ring of `size` entries, event word included."""
+    return USED_RING + USED_ELEM_SIZE * size + 2
+
+
+# struct virtio_net_hdr, virtio 1.2 §5.1.6. Legacy devices without MRG_RXBUF end it
+# before num_buffers.
+NET_HDR: Final = np.dtype(
+    [
+        ("flags", "u1"),
+        ("gso_type", "u1"),
+        ("hdr_len", "<u2"),
+        ("gso_size", "<u2"),
+        ("csum_start", "<u2"),
+        ("csum_offset", "<u2"),
+        ("num_buffers", "<u2"),
+    ]
+)
+NET_HDR_LEN: Final = NET_HDR.itemsize
+NET_HDR_LEN_LEGACY: Final = NET_HDR_LEN - 2
+
+# Feature bits, as masks. virtio 1.2 §5.1.3, §6; vhost-user for the two vhost ones.
+F_MTU: Final = 1 << 3
+F_MRG_RXBUF: Final = 1 << 15
+F_MQ: Final = 1 << 22
+F_LOG_ALL: Final = 1 << 26  # vhost
+F_ANY_LAYOUT: Final = 1 << 27  # legacy only
+F_INDIRECT_DESC: Final = 1 << 28
+F_EVENT_IDX: Final = 1 << 29
+F_PROTOCOL_FEATURES: Final = 1 << 30  # vhost-user
+F_VERSION_1: Final = 1 << 32
