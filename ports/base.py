@@ -48,7 +48,10 @@ RING: Final = np.dtype(
         ("desc", "<i8"),  # our addresses of the three parts
         ("avail", "<i8"),
         ("used", "<i8"),
-        ("kick_fd", "<i8"),  # what a sleeping worker waits for; the tap itself for a tap
+        (
+            "kick_fd",
+            "<i8",
+        ),  # what a sleeping worker waits for; the tap itself for a tap
         ("call_fd", "<i8"),
         ("err_fd", "<i8"),
         ("control_pad", "<i8", (2,)),

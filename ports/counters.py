@@ -19,6 +19,7 @@ NAMES: Final = (
     "rx_flooded",
     "rx_drop_bad_chain",  # descriptors that break the spec, or no room for a header
     "rx_drop_too_short",  # less than an Ethernet header
+    "rx_drop_bad_header",  # asks for an offload that was not negotiated
     "rx_drop_too_long",  # more bytes or segments than we carry
     "rx_drop_bad_source",  # source address is zero or a group address
     "rx_drop_reserved",  # 01:80:c2:00:00:0x while reserved addresses are not forwarded

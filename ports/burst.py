@@ -1,0 +1,75 @@
+"""A burst: frames that were taken together and have not been given back yet.
+
+`FRAME` describes where a frame's bytes lie; nothing is copied to get here. A frame in
+one piece is `addr` and `length`; one in several pieces lists them in SEGMENT rows, which
+have the shape of C's struct iovec so that a tap can write them as they are.
+
+Numba-free; the records live in a worker's private memory.
+"""
+
+from typing import Final, NamedTuple
+
+import numpy as np
+
+from ports.base import MAX_PORTS
+
+BURST_SIZE: Final = 64
+MAX_SEGMENTS: Final = 64  # pieces of one frame; more is a guest that burns our time
+MAX_FRAME: Final = 65535 + 18  # longest IP packet, Ethernet header and a VLAN tag
+MIN_FRAME: Final = 14  # an Ethernet header
+ETH_SNAPSHOT: Final = 16  # bytes of the gathered head of a frame in small pieces
+MAX_TARGETS: Final = 1024  # pieces of receive buffers for one frame
+
+# FRAME.length of a chain that holds no frame; each value is one drop counter.
+BAD_CHAIN: Final = -1
+TOO_SHORT: Final = -2
+TOO_LONG: Final = -3
+BAD_HEADER: Final = -4
+
+FRAME: Final = np.dtype(
+    [
+        ("addr", "<i8"),  # first byte, when it lies in one piece
+        ("length", "<i8"),  # bytes, or one of the codes above
+        ("eth", "<i8"),  # address of at least 14 contiguous bytes of its head
+        ("segments", "<i8"),  # number of pieces
+        ("first_segment", "<i8"),  # row in the segments table, for more than one piece
+        ("egress", "<i8"),  # port slot, or a negative verdict
+        ("next", "<i8"),  # next frame of the burst for the same egress, -1 at the end
+        ("flood", "<i8"),  # 1: a copy for every port
+    ]
+)
+
+SEGMENT: Final = np.dtype([("addr", "<i8"), ("len", "<i8")])
+
+# A tap's frames are read into our own memory: one slot a frame. The odd line keeps slots
+# of one burst from competing for the same cache sets.
+TAP_SLOT: Final = 65536 + 192
+
+
+class Scratch(NamedTuple):
+    """What a worker needs to handle one burst; private, allocated once."""
+
+    burst: "np.ndarray[tuple[int], np.dtype[np.void]]"  # FRAME[BURST_SIZE]
+    segments: "np.ndarray[tuple[int], np.dtype[np.void]]"  # SEGMENT rows of the burst
+    targets: "np.ndarray[tuple[int], np.dtype[np.void]]"  # SEGMENT rows of one delivery
+    heads: "np.ndarray[tuple[int], np.dtype[np.uint8]]"  # gathered heads
+    tap_slots: "np.ndarray[tuple[int], np.dtype[np.uint8]]"
+    picked: "np.ndarray[tuple[int], np.dtype[np.int64]]"  # frames for one egress
+    first: "np.ndarray[tuple[int], np.dtype[np.int64]]"  # per port: first frame, or -1
+    last: "np.ndarray[tuple[int], np.dtype[np.int64]]"  # per port: last frame
+    egresses: "np.ndarray[tuple[int], np.dtype[np.int64]]"  # ports with frames, then their number
+
+
+def make_scratch() -> Scratch:
+    """Allocate a worker's scratch memory."""
+    return Scratch(
+        burst=np.zeros(BURST_SIZE, FRAME),
+        segments=np.zeros(BURST_SIZE * MAX_SEGMENTS, SEGMENT),
+        targets=np.zeros(MAX_TARGETS, SEGMENT),
+        heads=np.zeros((BURST_SIZE + 1) * ETH_SNAPSHOT, np.uint8),
+        tap_slots=np.zeros(BURST_SIZE * TAP_SLOT, np.uint8),
+        picked=np.zeros(BURST_SIZE, np.int64),
+        first=np.full(MAX_PORTS, -1, np.int64),
+        last=np.zeros(MAX_PORTS, np.int64),
+        egresses=np.zeros(BURST_SIZE + 1, np.int64),
+    )

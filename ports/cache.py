@@ -1,0 +1,73 @@
+"""Where compiled code is kept: one directory for each state of the sources.
+
+Numba's own cache notices a changed file but not a changed file that it imports, so a
+stale caller would survive the edit of a constant. A directory named by a digest of all
+sources, the CPU's features and the Numba flags cannot be stale.
+
+Numba-free: the manager asks `is_warm` before it decides who compiles.
+"""
+
+import hashlib
+import os
+import shutil
+import tempfile
+from functools import cache
+from pathlib import Path
+from typing import Final
+
+_KEPT_DIRECTORIES: Final = 4
+_COMPLETE: Final = "complete"
+
+
+def cache_dir() -> Path:
+    """The directory for these sources on this CPU with these Numba flags."""
+    return _base() / _digest()
+
+
+def is_warm() -> bool:
+    """Whether a worker has compiled everything before."""
+    return (cache_dir() / _COMPLETE).exists()
+
+
+def mark_warm() -> None:
+    """Note that everything is compiled, and drop caches of older sources."""
+    directory = cache_dir()
+    directory.mkdir(parents=True, exist_ok=True)
+    (directory / _COMPLETE).touch()
+    others = [path for path in _base().iterdir() if path != directory and path.is_dir()]
+    others.sort(key=lambda path: path.stat().st_mtime, reverse=True)
+    for path in others[_KEPT_DIRECTORIES - 1 :]:
+        shutil.rmtree(path, ignore_errors=True)
+
+
+@cache
+def _base() -> Path:
+    given = os.environ.get("VSWITCH_CACHE_DIR")
+    home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    base = Path(given) / "jit" if given else Path(home) / "vswitch" / "jit"
+    try:
+        base.mkdir(parents=True, exist_ok=True)
+    except OSError:
+        base = Path(tempfile.gettempdir()) / f"vswitch-{os.getuid()}" / "jit"
+        base.mkdir(mode=0o700, parents=True, exist_ok=True)
+    return base
+
+
+@cache
+def _digest() -> str:
+    digest = hashlib.sha256()
+    root = Path(__file__).parent.parent
+    for package in ("ports", "vswitch"):
+        for path in sorted((root / package).rglob("*.py")):
+            digest.update(str(path.relative_to(root)).encode())
+            digest.update(path.read_bytes())
+    for name in sorted(os.environ):
+        if name.startswith("NUMBA_"):
+            digest.update(f"{name}={os.environ[name]}".encode())
+    digest.update(_cpu_features())
+    return digest.hexdigest()[:16]
+
+
+def _cpu_features() -> bytes:
+    with Path("/proc/cpuinfo").open("rb") as lines:
+        return next((line for line in lines if line.startswith(b"flags")), b"")

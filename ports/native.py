@@ -1,0 +1,614 @@
+"""The only file that knows Numba, LLVM and libc.
+
+Every operation is a plain Python function (a ctypes twin) plus an overload that compiles
+to an instruction or a call, so that with NUMBA_DISABLE_JIT=1 the whole data path runs in
+the interpreter. `tests/ports/test_native.py` holds the pairs against each other.
+
+Memory shared with guests is touched only through these functions. Loads are atomic:
+the compiler may neither repeat nor hoist them, so a value that was checked is the value
+that is used. Addresses are plain integers.
+"""
+
+import ctypes
+import os
+import time
+from collections.abc import Callable
+from typing import Any, Final, TypeVar, cast
+
+import numba
+import numpy as np
+from llvmlite import ir
+from numba import njit, types
+from numba.core import cgutils
+from numba.extending import intrinsic, overload
+
+from ports.cache import cache_dir
+
+numba.config.CACHE_DIR = str(cache_dir())
+
+Record = np.void
+Records = np.ndarray[Any, np.dtype[Any]]
+
+_Function = TypeVar("_Function", bound=Callable[..., Any])
+_jitted: Final[list[Any]] = []
+
+# One decorator for all, and the compiler settings with it.
+_njit = njit(cache=True, nogil=True, error_model="numpy")
+
+
+def jit(function: _Function) -> _Function:
+    """Compile a function of the data path at its first call."""
+    compiled = _njit(function)
+    _jitted.append(compiled)
+    return cast("_Function", compiled)
+
+
+def jit_progress() -> tuple[int, int]:
+    """How many jitted functions are ready to run, and how many there are."""
+    if numba.config.DISABLE_JIT:
+        return len(_jitted), len(_jitted)
+    return sum(bool(f.signatures) for f in _jitted), len(_jitted)
+
+
+# --- the instructions ----------------------------------------------------------------
+
+_I64: Final = ir.IntType(64)
+_VOID_PTR: Final = ir.IntType(8).as_pointer()
+
+
+def _pointer(builder: Any, addr: Any, bits: int) -> Any:
+    return builder.inttoptr(addr, ir.IntType(bits).as_pointer())
+
+
+def _load(bits: int, ordering: str) -> Any:
+    @intrinsic
+    def load(_context: Any, addr: Any) -> Any:
+        def codegen(_context: Any, builder: Any, _signature: Any, args: Any) -> Any:
+            pointer = _pointer(builder, args[0], bits)
+            value = builder.load_atomic(
+                pointer, ordering, bits // 8, typ=ir.IntType(bits)
+            )
+            return builder.zext(value, _I64) if bits < 64 else value
+
+        return types.int64(types.int64), codegen
+
+    return load
+
+
+def _store(bits: int, ordering: str) -> Any:
+    @intrinsic
+    def store(_context: Any, addr: Any, value: Any) -> Any:
+        def codegen(context: Any, builder: Any, _signature: Any, args: Any) -> Any:
+            value = args[1]
+            if bits < 64:
+                value = builder.trunc(value, ir.IntType(bits))
+            pointer = _pointer(builder, args[0], bits)
+            builder.store_atomic(value, pointer, ordering, bits // 8)
+            return context.get_dummy_value()
+
+        return types.void(types.int64, types.int64), codegen
+
+    return store
+
+
+def _plain_store(bits: int) -> Any:
+    """A store that may be unaligned; for frame headers in guest buffers."""
+
+    @intrinsic
+    def store(_context: Any, addr: Any, value: Any) -> Any:
+        def codegen(context: Any, builder: Any, _signature: Any, args: Any) -> Any:
+            value = args[1]
+            if bits < 64:
+                value = builder.trunc(value, ir.IntType(bits))
+            builder.store(value, _pointer(builder, args[0], bits), align=1)
+            return context.get_dummy_value()
+
+        return types.void(types.int64, types.int64), codegen
+
+    return store
+
+
+def _plain_load(bits: int) -> Any:
+    """A load that may be unaligned; volatile by way of an atomic byte would be slow.
+
+    x86 does it in one access. The value goes through an opaque register barrier (an
+    atomic fence of the compiler alone), so that it is never fetched twice.
+    """
+
+    @intrinsic
+    def load(_context: Any, addr: Any) -> Any:
+        def codegen(_context: Any, builder: Any, _signature: Any, args: Any) -> Any:
+            pointer = _pointer(builder, args[0], bits)
+            value = builder.load(pointer, align=1, typ=ir.IntType(bits))
+            builder.fence("acq_rel", targetscope="singlethread")
+            return builder.zext(value, _I64) if bits < 64 else value
+
+        return types.int64(types.int64), codegen
+
+    return load
+
+
+def _move(size: int) -> Any:
+    """Copy `size` bytes as one vector; neither side needs alignment."""
+
+    @intrinsic
+    def move(_context: Any, dst: Any, src: Any) -> Any:
+        def codegen(context: Any, builder: Any, _signature: Any, args: Any) -> Any:
+            vector = ir.VectorType(ir.IntType(8), size)
+            source = builder.inttoptr(args[1], vector.as_pointer())
+            target = builder.inttoptr(args[0], vector.as_pointer())
+            builder.store(builder.load(source, align=1, typ=vector), target, align=1)
+            return context.get_dummy_value()
+
+        return types.void(types.int64, types.int64), codegen
+
+    return move
+
+
+@intrinsic
+def _fence(_context: Any) -> Any:
+    def codegen(context: Any, builder: Any, _signature: Any, _args: Any) -> Any:
+        builder.fence("seq_cst")
+        return context.get_dummy_value()
+
+    return types.void(), codegen
+
+
+def _exchange(bits: int) -> Any:
+    @intrinsic
+    def exchange(_context: Any, addr: Any, expected: Any, new: Any) -> Any:
+        def codegen(_context: Any, builder: Any, _signature: Any, args: Any) -> Any:
+            word = ir.IntType(bits)
+            expected, new = (
+                builder.trunc(value, word) if bits < 64 else value for value in args[1:]
+            )
+            pointer = _pointer(builder, args[0], bits)
+            pair = builder.cmpxchg(pointer, expected, new, "acq_rel", "acquire")
+            before = builder.extract_value(pair, 0)
+            return builder.zext(before, _I64) if bits < 64 else before
+
+        return types.int64(types.int64, types.int64, types.int64), codegen
+
+    return exchange
+
+
+@intrinsic
+def _add(_context: Any, addr: Any, value: Any) -> Any:
+    def codegen(_context: Any, builder: Any, _signature: Any, args: Any) -> Any:
+        pointer = _pointer(builder, args[0], 64)
+        return builder.atomic_rmw("add", pointer, args[1], "monotonic")
+
+    return types.int64(types.int64, types.int64), codegen
+
+
+@intrinsic
+def _rdtsc(_context: Any) -> Any:
+    def codegen(_context: Any, builder: Any, _signature: Any, _args: Any) -> Any:
+        kind = ir.FunctionType(_I64, [])
+        return builder.call(_declare(builder, kind, "llvm.readcyclecounter"), [])
+
+    return types.int64(), codegen
+
+
+@intrinsic
+def _pause(_context: Any) -> Any:
+    def codegen(context: Any, builder: Any, _signature: Any, _args: Any) -> Any:
+        kind = ir.FunctionType(ir.VoidType(), [])
+        builder.call(_declare(builder, kind, "llvm.x86.sse2.pause"), [])
+        return context.get_dummy_value()
+
+    return types.void(), codegen
+
+
+def _prefetch(for_write: int) -> Any:
+    @intrinsic
+    def prefetch(_context: Any, addr: Any) -> Any:
+        def codegen(context: Any, builder: Any, _signature: Any, args: Any) -> Any:
+            word = ir.IntType(32)
+            kind = ir.FunctionType(ir.VoidType(), [_VOID_PTR, word, word, word])
+            function = _declare(builder, kind, "llvm.prefetch.p0")
+            pointer = _pointer(builder, args[0], 8)
+            builder.call(function, [pointer, word(for_write), word(3), word(1)])
+            return context.get_dummy_value()
+
+        return types.void(types.int64), codegen
+
+    return prefetch
+
+
+def _declare(builder: Any, kind: Any, name: str) -> Any:
+    return cgutils.get_or_insert_function(builder.module, kind, name)
+
+
+_load_u8: Final = _load(8, "monotonic")
+_load_u16: Final = _load(16, "monotonic")
+_load_u32: Final = _load(32, "monotonic")
+_load_u64: Final = _load(64, "monotonic")
+_load_acquire_u16: Final = _load(16, "acquire")
+_load_acquire_u64: Final = _load(64, "acquire")
+_load_any_u64: Final = _plain_load(64)
+_load_any_u16: Final = _plain_load(16)
+_store_u8: Final = _store(8, "monotonic")
+_store_u16: Final = _store(16, "monotonic")
+_store_u32: Final = _store(32, "monotonic")
+_store_u64: Final = _store(64, "monotonic")
+_store_release_u16: Final = _store(16, "release")
+_store_release_u32: Final = _store(32, "release")
+_store_release_u64: Final = _store(64, "release")
+_store_any_u64: Final = _plain_store(64)
+_store_any_u32: Final = _plain_store(32)
+_store_any_u16: Final = _plain_store(16)
+_swap_if_u32: Final = _exchange(32)
+_swap_if_u64: Final = _exchange(64)
+_move_8: Final = _move(8)
+_move_16: Final = _move(16)
+_move_32: Final = _move(32)
+_move_64: Final = _move(64)
+_prefetch_read: Final = _prefetch(0)
+_prefetch_write: Final = _prefetch(1)
+
+
+# --- libc ----------------------------------------------------------------------------
+
+_libc: Final = ctypes.CDLL(None, use_errno=True)
+_libc.mmap.restype = ctypes.c_void_p
+_libc.mmap.argtypes = [
+    ctypes.c_void_p,
+    ctypes.c_size_t,
+    ctypes.c_int,
+    ctypes.c_int,
+    ctypes.c_int,
+    ctypes.c_long,
+]
+_libc.munmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
+_libc.sched_yield.argtypes = []
+
+_c_read: Final = types.ExternalFunction(
+    "read", types.int64(types.int32, types.int64, types.int64)
+)
+_c_writev: Final = types.ExternalFunction(
+    "writev", types.int64(types.int32, types.int64, types.int32)
+)
+_c_eventfd_write: Final = types.ExternalFunction(
+    "eventfd_write", types.int32(types.int32, types.int64)
+)
+_c_sched_yield: Final = types.ExternalFunction("sched_yield", types.int32())
+_c_errno: Final = types.ExternalFunction("__errno_location", types.int64())
+_c_memcpy: Final = types.ExternalFunction(
+    "memcpy", types.int64(types.int64, types.int64, types.int64)
+)
+
+MAP_FIXED_NOREPLACE: Final = 0x100000
+_PROT_READ_WRITE: Final = 3
+_MAP_SHARED: Final = 1
+
+
+def map_fixed(addr: int, length: int, fd: int, offset: int) -> int:
+    """Map a file at exactly `addr`; 0, or -errno (EEXIST: something is there)."""
+    flags = _MAP_SHARED | MAP_FIXED_NOREPLACE
+    got = _libc.mmap(addr, length, _PROT_READ_WRITE, flags, fd, offset)
+    if got == ctypes.c_void_p(-1).value:
+        return -ctypes.get_errno()
+    return 0
+
+
+def unmap(addr: int, length: int) -> int:
+    """Take a mapping away; 0, or -errno."""
+    return -ctypes.get_errno() if _libc.munmap(addr, length) else 0
+
+
+# --- what the rest of the code calls ---------------------------------------------------
+
+
+def load_u8(addr: int) -> int:
+    """Read a byte once."""
+    return ctypes.c_uint8.from_address(addr).value
+
+
+def load_u16(addr: int) -> int:
+    """Read an aligned 16-bit word once."""
+    return ctypes.c_uint16.from_address(addr).value
+
+
+def load_u32(addr: int) -> int:
+    """Read an aligned 32-bit word once."""
+    return ctypes.c_uint32.from_address(addr).value
+
+
+def load_u64(addr: int) -> int:
+    """Read an aligned 64-bit word once, as a signed number."""
+    return ctypes.c_int64.from_address(addr).value
+
+
+def load_acquire_u16(addr: int) -> int:
+    """Read 16 bits; later reads are not moved before it."""
+    return ctypes.c_uint16.from_address(addr).value
+
+
+def load_acquire_u64(addr: int) -> int:
+    """Read 64 bits, signed; later reads are not moved before it."""
+    return ctypes.c_int64.from_address(addr).value
+
+
+def load_any_u64(addr: int) -> int:
+    """Read 64 bits at any alignment, as a signed number."""
+    return ctypes.c_int64.from_address(addr).value
+
+
+def load_any_u16(addr: int) -> int:
+    """Read 16 bits at any alignment."""
+    return ctypes.c_uint16.from_address(addr).value
+
+
+def store_u8(addr: int, value: int) -> None:
+    """Write the low byte."""
+    ctypes.c_uint8.from_address(addr).value = value & 0xFF
+
+
+def store_u16(addr: int, value: int) -> None:
+    """Write the low 16 bits, aligned."""
+    ctypes.c_uint16.from_address(addr).value = value & 0xFFFF
+
+
+def store_u32(addr: int, value: int) -> None:
+    """Write the low 32 bits, aligned."""
+    ctypes.c_uint32.from_address(addr).value = value & 0xFFFFFFFF
+
+
+def store_u64(addr: int, value: int) -> None:
+    """Write 64 bits, aligned."""
+    ctypes.c_uint64.from_address(addr).value = value & 0xFFFFFFFFFFFFFFFF
+
+
+def store_release_u16(addr: int, value: int) -> None:
+    """Write 16 bits; earlier writes are visible to whoever acquires this one."""
+    ctypes.c_uint16.from_address(addr).value = value & 0xFFFF
+
+
+def store_release_u32(addr: int, value: int) -> None:
+    """Write 32 bits; earlier writes are visible to whoever acquires this one."""
+    ctypes.c_uint32.from_address(addr).value = value & 0xFFFFFFFF
+
+
+def store_release_u64(addr: int, value: int) -> None:
+    """Write 64 bits; earlier writes are visible to whoever acquires this one."""
+    ctypes.c_uint64.from_address(addr).value = value & 0xFFFFFFFFFFFFFFFF
+
+
+def store_any_u64(addr: int, value: int) -> None:
+    """Write 64 bits at any alignment."""
+    ctypes.c_uint64.from_address(addr).value = value & 0xFFFFFFFFFFFFFFFF
+
+
+def store_any_u32(addr: int, value: int) -> None:
+    """Write 32 bits at any alignment."""
+    ctypes.c_uint32.from_address(addr).value = value & 0xFFFFFFFF
+
+
+def store_any_u16(addr: int, value: int) -> None:
+    """Write 16 bits at any alignment."""
+    ctypes.c_uint16.from_address(addr).value = value & 0xFFFF
+
+
+def move_8(dst: int, src: int) -> None:
+    """Copy 8 bytes."""
+    ctypes.memmove(dst, src, 8)
+
+
+def move_16(dst: int, src: int) -> None:
+    """Copy 16 bytes."""
+    ctypes.memmove(dst, src, 16)
+
+
+def move_32(dst: int, src: int) -> None:
+    """Copy 32 bytes."""
+    ctypes.memmove(dst, src, 32)
+
+
+def move_64(dst: int, src: int) -> None:
+    """Copy 64 bytes."""
+    ctypes.memmove(dst, src, 64)
+
+
+def memcpy(dst: int, src: int, length: int) -> None:
+    """Copy `length` bytes by libc's own choice of instructions."""
+    ctypes.memmove(dst, src, length)
+
+
+def fence() -> None:
+    """Order everything before against everything after (store to load included)."""
+
+
+def swap_if_u32(addr: int, expected: int, new: int) -> int:
+    """Store `new` if the 32-bit word holds `expected`; the word before. Acquires."""
+    word = ctypes.c_uint32.from_address(addr)
+    before = word.value
+    if before == expected:
+        word.value = new
+    return before
+
+
+def swap_if_u64(addr: int, expected: int, new: int) -> int:
+    """Store `new` if the 64-bit word holds `expected`; the word before. Acquires."""
+    word = ctypes.c_int64.from_address(addr)
+    before = word.value
+    if before == expected:
+        word.value = new
+    return before
+
+
+def add_u64(addr: int, value: int) -> int:
+    """Add atomically to a 64-bit word; the word before."""
+    word = ctypes.c_int64.from_address(addr)
+    before = word.value
+    word.value = before + value
+    return before
+
+
+def rdtsc() -> int:
+    """The CPU's cycle counter."""
+    return time.perf_counter_ns()
+
+
+def pause() -> None:
+    """Tell the CPU that we spin."""
+
+
+def sched_yield() -> None:
+    """Let somebody else run on this CPU."""
+    os.sched_yield()
+
+
+def prefetch_read(addr: int) -> None:
+    """Ask for the cache line at `addr`."""
+
+
+def prefetch_write(addr: int) -> None:
+    """Ask for the cache line at `addr`, to write it."""
+
+
+def eventfd_signal(fd: int) -> None:
+    """Add 1 to an eventfd; a full counter or a closed fd is no error."""
+    _libc.eventfd_write(fd, ctypes.c_uint64(1))
+
+
+def read_fd(fd: int, addr: int, length: int) -> int:
+    """Read up to `length` bytes into `addr`; bytes read, or -errno."""
+    got = int(_libc.read(fd, ctypes.c_void_p(addr), ctypes.c_size_t(length)))
+    return got if got >= 0 else -ctypes.get_errno()
+
+
+def writev_fd(fd: int, iovecs: int, count: int) -> int:
+    """Write `count` struct iovec at address `iovecs`; bytes written, or -errno."""
+    got = int(_libc.writev(fd, ctypes.c_void_p(iovecs), count))
+    return got if got >= 0 else -ctypes.get_errno()
+
+
+def copy_bytes(dst: int, src: int, length: int) -> None:
+    """Copy a frame or a part of one; never touches a byte outside `length`."""
+    ctypes.memmove(dst, src, length)
+
+
+# --- overloads -------------------------------------------------------------------------
+
+
+def _compiles_to(python: Any, native: Any, arity: int) -> None:
+    """Let jitted code that calls `python` run `native` instead."""
+    bodies: dict[int, Callable[..., Any]] = {
+        0: lambda: lambda: native(),
+        1: lambda _a: lambda _a: native(_a),
+        2: lambda _a, _b: lambda _a, _b: native(_a, _b),
+        3: lambda _a, _b, _c: lambda _a, _b, _c: native(_a, _b, _c),
+    }
+    overload(python, strict=False)(bodies[arity])
+
+
+for _python, _native, _arity in (
+    (load_u8, _load_u8, 1),
+    (load_u16, _load_u16, 1),
+    (load_u32, _load_u32, 1),
+    (load_u64, _load_u64, 1),
+    (load_acquire_u16, _load_acquire_u16, 1),
+    (load_acquire_u64, _load_acquire_u64, 1),
+    (load_any_u64, _load_any_u64, 1),
+    (load_any_u16, _load_any_u16, 1),
+    (store_u8, _store_u8, 2),
+    (store_u16, _store_u16, 2),
+    (store_u32, _store_u32, 2),
+    (store_u64, _store_u64, 2),
+    (store_release_u16, _store_release_u16, 2),
+    (store_release_u32, _store_release_u32, 2),
+    (store_release_u64, _store_release_u64, 2),
+    (store_any_u64, _store_any_u64, 2),
+    (store_any_u32, _store_any_u32, 2),
+    (store_any_u16, _store_any_u16, 2),
+    (move_8, _move_8, 2),
+    (move_16, _move_16, 2),
+    (move_32, _move_32, 2),
+    (move_64, _move_64, 2),
+    (fence, _fence, 0),
+    (swap_if_u32, _swap_if_u32, 3),
+    (swap_if_u64, _swap_if_u64, 3),
+    (add_u64, _add, 2),
+    (rdtsc, _rdtsc, 0),
+    (pause, _pause, 0),
+    (prefetch_read, _prefetch_read, 1),
+    (prefetch_write, _prefetch_write, 1),
+):
+    _compiles_to(_python, _native, _arity)
+
+
+@overload(memcpy, strict=False)
+def _memcpy(dst: Any, src: Any, length: Any) -> Any:  # noqa: ARG001 (typing only)
+    def body(dst: int, src: int, length: int) -> None:
+        _c_memcpy(dst, src, length)
+
+    return body
+
+
+@overload(sched_yield, strict=False)
+def _sched_yield() -> Any:
+    def body() -> None:
+        _c_sched_yield()
+
+    return body
+
+
+@overload(eventfd_signal, strict=False)
+def _eventfd_signal(fd: Any) -> Any:  # noqa: ARG001 (typing only)
+    def body(fd: int) -> None:
+        _c_eventfd_write(fd, 1)
+
+    return body
+
+
+@overload(read_fd, strict=False)
+def _read_fd(fd: Any, addr: Any, length: Any) -> Any:  # noqa: ARG001 (typing only)
+    def body(fd: int, addr: int, length: int) -> int:
+        got = _c_read(fd, addr, length)
+        return got if got >= 0 else -_load_u32(_c_errno())
+
+    return body
+
+
+@overload(writev_fd, strict=False)
+def _writev_fd(fd: Any, iovecs: Any, count: Any) -> Any:  # noqa: ARG001 (typing only)
+    def body(fd: int, iovecs: int, count: int) -> int:
+        got = _c_writev(fd, iovecs, count)
+        return got if got >= 0 else -_load_u32(_c_errno())
+
+    return body
+
+
+# Up to here vectors beat libc's memcpy, which has to find out the size first.
+_SMALL_COPY: Final = 512
+
+
+@overload(copy_bytes, strict=False)
+def _copy_bytes(dst: Any, src: Any, length: Any) -> Any:  # noqa: ARG001 (typing only)
+    def body(dst: int, src: int, length: int) -> None:
+        if length > _SMALL_COPY:
+            _c_memcpy(dst, src, length)
+        elif length >= 64:
+            # Whole blocks from the front, then one that ends with the last byte and
+            # may overlap the block before it.
+            last = length - 64
+            at = 0
+            while at < last:
+                _move_64(dst + at, src + at)
+                at += 64
+            _move_64(dst + last, src + last)
+        elif length >= 32:
+            _move_32(dst, src)
+            _move_32(dst + length - 32, src + length - 32)
+        elif length >= 16:
+            _move_16(dst, src)
+            _move_16(dst + length - 16, src + length - 16)
+        elif length >= 8:
+            _move_8(dst, src)
+            _move_8(dst + length - 8, src + length - 8)
+        else:
+            for at in range(length):
+                _store_u8(dst + at, _load_u8(src + at))
+
+    return body

@@ -1,0 +1,82 @@
+"""Data half of a tap port: one system call a frame, straight from the guest's buffer.
+
+Received frames lie in the worker's own slots; transmitted ones are handed to the kernel
+as the pieces they are in, so the kernel's copy is the only one.
+"""
+
+from typing import Final
+
+from ports.base import NO_FD
+from ports.burst import (
+    BURST_SIZE,
+    MIN_FRAME,
+    SEGMENT,
+    TAP_SLOT,
+    TOO_SHORT,
+    Scratch,
+)
+from ports.native import Record, jit, read_fd, writev_fd
+
+_EAGAIN: Final = 11
+_ENOBUFS: Final = 105
+_SEGMENT_SIZE: Final = SEGMENT.itemsize
+
+
+@jit
+def receive(port: Record, scratch: Scratch) -> int:
+    """Read up to a burst of frames; return how many. Errors end the burst."""
+    fd = int(port["fd"])
+    if fd == NO_FD:
+        return 0
+    slots = int(scratch.tap_slots.ctypes.data)
+    for i in range(BURST_SIZE):
+        addr = slots + i * TAP_SLOT
+        length = read_fd(fd, addr, TAP_SLOT)
+        if length <= 0:
+            return i
+        frame = scratch.burst[i]
+        frame["addr"] = addr
+        frame["eth"] = addr
+        frame["length"] = length if length >= MIN_FRAME else TOO_SHORT
+        frame["segments"] = 1
+        frame["flood"] = 0
+    return BURST_SIZE
+
+
+@jit
+def transmit(port: Record, scratch: Scratch, n: int, tally: Record) -> int:
+    """Write the `n` picked frames; return how many the kernel took.
+
+    A full queue and a link that is down are counted apart.
+    """
+    fd = int(port["fd"])
+    max_frame = int(port["max_frame"])
+    arrived = 0
+    for k in range(n):
+        frame = scratch.burst[scratch.picked[k]]
+        length = int(frame["length"])
+        if length > max_frame:
+            tally["tx_drop_too_long"] += 1
+            continue
+        got = _write(fd, scratch, frame, length)
+        if got == length:
+            arrived += 1
+            tally["tx_bytes"] += length
+        elif got in (-_EAGAIN, -_ENOBUFS):
+            tally["tx_drop_ring_full"] += 1
+        else:
+            tally["tx_drop_link_down"] += 1
+    tally["tx_frames"] += arrived
+    return arrived
+
+
+@jit
+def _write(fd: int, scratch: Scratch, frame: Record, length: int) -> int:
+    pieces = int(frame["segments"])
+    if pieces > 1:
+        row = int(scratch.segments.ctypes.data)
+        row += int(frame["first_segment"]) * _SEGMENT_SIZE
+        return writev_fd(fd, row, pieces)
+    scratch.targets[0]["addr"] = frame["addr"]
+    scratch.targets[0]["len"] = length
+    return writev_fd(fd, int(scratch.targets.ctypes.data), 1)

@@ -1,0 +1,674 @@
+"""Split virtqueues, device side: take frames, put frames, give chains back.
+
+A ring's three parts lie in guest memory. The driver writes the descriptor table and the
+available ring, we write the used ring. `next_avail` and `next_used` in our RING record
+are the truth while a ring runs; the used index in guest memory is read only when it
+starts or changes hands, where it is the truth that survives us.
+
+    take     acquire avail.idx, describe each offered chain as a frame of the burst
+    release  publish used.idx past the chains of the last take
+    put      fill offered buffers with frames, then publish used.idx once
+    call     interrupt the driver if it wants to know
+
+Chains come back in the order in which they were offered. Every word of guest memory is
+read once; numbers that were checked are the numbers that are used. A chain that breaks
+the rules becomes a frame without bytes and is still given back, or the guest would leak
+it. An index that breaks the rules breaks the ring: it rests until it is set up anew.
+
+The common shapes (one buffer a frame) are handled in the loops of `take` and `put`;
+`_take_chain` and `_put_pieces` know everything else.
+
+virtio 1.2 §2.7.
+"""
+
+from ports.base import (
+    NO_FD,
+    RING_BROKEN,
+    RING_RUNNING,
+)
+from ports.burst import (
+    BAD_CHAIN,
+    BAD_HEADER,
+    BURST_SIZE,
+    ETH_SNAPSHOT,
+    MAX_FRAME,
+    MAX_SEGMENTS,
+    MAX_TARGETS,
+    MIN_FRAME,
+    TOO_LONG,
+    TOO_SHORT,
+    Scratch,
+)
+from ports.native import (
+    Record,
+    Records,
+    copy_bytes,
+    eventfd_signal,
+    fence,
+    jit,
+    load_acquire_u16,
+    load_any_u16,
+    load_any_u64,
+    load_u16,
+    load_u64,
+    prefetch_read,
+    prefetch_write,
+    store_any_u16,
+    store_any_u32,
+    store_any_u64,
+    store_release_u16,
+    store_u16,
+)
+from ports.vhost.memory import append_pieces, find_region, region_rows, translate
+from ports.vhost.virtio import (
+    AVAIL_F_NO_INTERRUPT,
+    AVAIL_FLAGS,
+    AVAIL_IDX,
+    AVAIL_RING,
+    DESC_F_INDIRECT,
+    DESC_F_NEXT,
+    DESC_F_WRITE,
+    DESC_SIZE,
+    F_EVENT_IDX,
+    F_INDIRECT_DESC,
+    F_MRG_RXBUF,
+    NET_HDR_LEN,
+    USED_ELEM_SIZE,
+    USED_F_NO_NOTIFY,
+    USED_FLAGS,
+    USED_IDX,
+    USED_RING,
+)
+
+# A descriptor is read as two words: the address, then len | flags << 32 | next << 48.
+_LEN_MASK = 0xFFFFFFFF
+_FLAGS_SHIFT = 32
+_NEXT_SHIFT = 48
+_NET_HDR_F_NEEDS_CSUM = 1
+# flags and gso_type share the header's first 16 bits.
+_OFFLOAD_MASK = _NET_HDR_F_NEEDS_CSUM | 0xFF00
+_NUM_BUFFERS_ONE = 1 << 16  # the last four bytes of a header: csum_offset, num_buffers
+
+# Verdicts of `_put_pieces` beside a number of chains.
+_PUT_FULL = 0
+_PUT_TOO_LONG = -1
+_PUT_BAD = -2
+_PUT_BROKEN = -3
+
+# How far ahead of the copy the next receive buffers are asked for.
+_AHEAD = 8
+
+
+@jit
+def start(ring: Record) -> None:
+    """Take up a ring where its used index says, and ask the driver not to kick.
+
+    Whatever SET_VRING_BASE said: front-ends are known to send 0, or the available
+    index, for a ring that was in use; we complete in order, so the used index is right.
+    """
+    resync(ring)
+    stop_kicks(ring)
+    ring["state"] = RING_RUNNING
+
+
+@jit
+def resync(ring: Record) -> None:
+    """Set our positions from the ring itself; what a dead worker left is forgotten."""
+    used_idx = load_u16(int(ring["used"]) + USED_IDX)
+    ring["next_avail"] = used_idx
+    ring["next_used"] = used_idx
+    ring["signalled_used"] = -1
+
+
+@jit
+def take(
+    ring: Record, port: Record, regions: Records, scratch: Scratch, calls: Record
+) -> int:
+    """Take up to a burst of offered chains and describe them; return how many.
+
+    Used elements are written here, while the heads are at hand; `release` makes them
+    visible after the copy.
+    """
+    avail = int(ring["avail"])
+    next_avail = int(ring["next_avail"])
+    size = int(ring["size"])
+    # Pairs with the driver's write of avail.idx: entries up to it are complete.
+    pending = (load_acquire_u16(avail + AVAIL_IDX) - next_avail) & 0xFFFF
+    if pending == 0:
+        return 0
+    if pending > size:
+        _break(ring, calls)
+        return 0
+    n = min(pending, BURST_SIZE)
+    mask = size - 1
+    desc = int(ring["desc"])
+    used = int(ring["used"]) + USED_RING
+    next_used = int(ring["next_used"])
+    header_len = int(ring["header_len"])
+    shortest = header_len + MIN_FRAME
+    longest = header_len + MAX_FRAME
+    burst = scratch.burst
+    first, count = region_rows(port)
+    window_gpa = 0
+    window_size = 0
+    window_addr = 0
+    n_segments = 0
+    for i in range(n):
+        head = load_u16(avail + AVAIL_RING + 2 * ((next_avail + i) & mask))
+        if head >= size:
+            _break(ring, calls)
+            n = i
+            break
+        entry = desc + DESC_SIZE * head
+        gpa = load_u64(entry)
+        word = load_u64(entry + 8)
+        length = word & _LEN_MASK
+        flags = (word >> _FLAGS_SHIFT) & 0xFFFF
+        store_any_u64(used + USED_ELEM_SIZE * ((next_used + i) & mask), head)
+        frame = burst[i]
+        frame["flood"] = 0
+        if flags == 0 and shortest <= length <= longest:
+            offset = gpa - window_gpa
+            if offset < 0 or offset > window_size - length:
+                row = find_region(regions, first, count, gpa)
+                if row >= 0:
+                    window_gpa = int(regions[row]["gpa"])
+                    window_size = int(regions[row]["size"])
+                    window_addr = int(regions[row]["addr"])
+                    offset = gpa - window_gpa
+            if 0 <= offset <= window_size - length:
+                addr = window_addr + offset + header_len
+                prefetch_read(addr)
+                frame["addr"] = addr
+                frame["eth"] = addr
+                frame["length"] = length - header_len
+                frame["segments"] = 1
+                continue
+        n_segments = _take_chain(
+            ring, regions, first, count, gpa, word, scratch, i, n_segments
+        )
+    ring["next_avail"] = (next_avail + n) & 0xFFFF
+    ring["next_used"] = (next_used + n) & 0xFFFF
+    return n
+
+
+@jit
+def asks_for_offload(frame: Record, header_len: int) -> bool:
+    """Whether a frame in one piece carries a header we did not offer to understand.
+
+    Frames in several pieces were looked at by `_take_chain`.
+    """
+    eth = int(frame["eth"])
+    if eth != int(frame["addr"]):
+        return False
+    return (load_any_u16(eth - header_len) & _OFFLOAD_MASK) != 0
+
+
+@jit
+def _take_chain(
+    ring: Record,
+    regions: Records,
+    first: int,
+    count: int,
+    gpa: int,
+    word: int,
+    scratch: Scratch,
+    i: int,
+    n_segments: int,
+) -> int:
+    """Describe a chain of any shape as frame `i`; return segment rows in use.
+
+    Walks at most `size` descriptors, direct and indirect together.
+    virtio 1.2 §2.7.5.3 indirect descriptors, §2.7.4.2 message framing.
+    """
+    size = int(ring["size"])
+    end = n_segments
+    room = n_segments + MAX_SEGMENTS
+    table = int(ring["desc"])  # 0: entries are looked up at `table_gpa`
+    table_gpa = 0
+    table_len = size
+    verdict = 0
+    budget = size
+    while True:
+        length = word & _LEN_MASK
+        flags = (word >> _FLAGS_SHIFT) & 0xFFFF
+        if flags & DESC_F_INDIRECT:
+            entries = length // DESC_SIZE
+            bad = (
+                (int(ring["features"]) & F_INDIRECT_DESC) == 0
+                or table == 0
+                or (flags & DESC_F_NEXT) != 0
+                or length % DESC_SIZE != 0
+                or entries < 1
+                or entries > size
+            )
+            if bad:
+                verdict = BAD_CHAIN
+                break
+            table = 0
+            table_gpa = gpa
+            table_len = entries
+            following = 0
+        else:
+            if (flags & DESC_F_WRITE) == 0:
+                end = append_pieces(
+                    regions, first, count, gpa, length, scratch.segments, end, room
+                )
+                if end < 0:
+                    verdict = BAD_CHAIN if end == -1 else TOO_LONG
+                    break
+            if (flags & DESC_F_NEXT) == 0:
+                break
+            following = (word >> _NEXT_SHIFT) & 0xFFFF
+        budget -= 1
+        if budget < 0 or following >= table_len:
+            verdict = BAD_CHAIN
+            break
+        entry = table + DESC_SIZE * following
+        if table == 0:
+            entry_gpa = table_gpa + DESC_SIZE * following
+            entry = translate(regions, first, count, entry_gpa, DESC_SIZE)
+            if entry == 0:
+                verdict = BAD_CHAIN
+                break
+        gpa = load_any_u64(entry)
+        word = load_any_u64(entry + 8)
+    frame = scratch.burst[i]
+    if verdict == 0:
+        verdict = _describe(
+            scratch, frame, i, n_segments, end, int(ring["header_len"])
+        )
+    if verdict != 0:
+        frame["length"] = verdict
+        frame["segments"] = 0
+        return n_segments
+    return end
+
+
+@jit
+def _describe(
+    scratch: Scratch, frame: Record, i: int, begin: int, end: int, header_len: int
+) -> int:
+    """Cut the header off the pieces [begin, end) and make them frame; 0 or a verdict.
+
+    The header may be spread over any number of pieces.
+    """
+    segments = scratch.segments
+    total = 0
+    for k in range(begin, end):
+        total += int(segments[k]["len"])
+    if total <= header_len:
+        return BAD_CHAIN
+    heads = scratch.heads.ctypes.data + (i + 1) * ETH_SNAPSHOT
+    _gather(segments, begin, end, 0, heads, 2)
+    if load_u16(heads) & _OFFLOAD_MASK:
+        return BAD_HEADER
+    length = total - header_len
+    if length < MIN_FRAME:
+        return TOO_SHORT
+    if length > MAX_FRAME:
+        return TOO_LONG
+    _gather(segments, begin, end, header_len, heads, MIN_FRAME)
+    skip = header_len
+    while skip >= int(segments[begin]["len"]):
+        skip -= int(segments[begin]["len"])
+        begin += 1
+    segments[begin]["addr"] = int(segments[begin]["addr"]) + skip
+    segments[begin]["len"] = int(segments[begin]["len"]) - skip
+    frame["addr"] = int(segments[begin]["addr"])
+    frame["eth"] = heads
+    frame["length"] = length
+    frame["segments"] = end - begin
+    frame["first_segment"] = begin
+    return 0
+
+
+@jit
+def _gather(
+    segments: Records, begin: int, end: int, skip: int, dst: int, length: int
+) -> None:
+    """Copy `length` bytes that start `skip` bytes into the pieces."""
+    for k in range(begin, end):
+        piece = int(segments[k]["len"])
+        if skip >= piece:
+            skip -= piece
+            continue
+        part = min(piece - skip, length)
+        copy_bytes(dst, int(segments[k]["addr"]) + skip, part)
+        dst += part
+        length -= part
+        skip = 0
+        if length == 0:
+            return
+
+
+@jit
+def release(ring: Record) -> None:
+    """Give back the chains of the last take."""
+    store_release_u16(int(ring["used"]) + USED_IDX, int(ring["next_used"]))
+
+
+@jit
+def put(
+    ring: Record, port: Record, regions: Records, scratch: Scratch, n: int, tally: Record
+) -> int:
+    """Copy the `n` picked frames into the ring's buffers; return how many arrived.
+
+    Counts each frame under exactly one name in `tally`. The ring must be running, and
+    ours: polled by us alone, or locked.
+    """
+    avail = int(ring["avail"])
+    next_avail = int(ring["next_avail"])
+    size = int(ring["size"])
+    room = (load_acquire_u16(avail + AVAIL_IDX) - next_avail) & 0xFFFF
+    if room > size:
+        _break(ring, tally)
+        tally["tx_drop_not_ready"] += n
+        return 0
+    mask = size - 1
+    desc = int(ring["desc"])
+    used = int(ring["used"]) + USED_RING
+    next_used = int(ring["next_used"])
+    header_len = int(ring["header_len"])
+    max_frame = int(port["max_frame"])
+    burst = scratch.burst
+    picked = scratch.picked
+    first, count = region_rows(port)
+    window_gpa = 0
+    window_size = 0
+    window_addr = 0
+    taken = 0
+    arrived = 0
+    sent_bytes = 0
+    for k in range(n):
+        frame = burst[picked[k]]
+        length = int(frame["length"])
+        if taken == room:
+            tally["tx_drop_ring_full"] += n - k
+            break
+        if length > max_frame:
+            tally["tx_drop_too_long"] += 1
+            continue
+        if taken + _AHEAD < room:
+            ahead = load_u16(
+                avail + AVAIL_RING + 2 * ((next_avail + taken + _AHEAD) & mask)
+            )
+            guess = load_u64(desc + DESC_SIZE * (ahead & mask)) - window_gpa
+            if 0 <= guess < window_size:
+                prefetch_write(window_addr + guess)
+        head = load_u16(avail + AVAIL_RING + 2 * ((next_avail + taken) & mask))
+        if head >= size:
+            _break(ring, tally)
+            tally["tx_drop_not_ready"] += n - k
+            break
+        entry = desc + DESC_SIZE * head
+        gpa = load_u64(entry)
+        word = load_u64(entry + 8)
+        space = word & _LEN_MASK
+        flags = (word >> _FLAGS_SHIFT) & 0xFFFF
+        need = length + header_len
+        if flags == DESC_F_WRITE and need <= space and int(frame["segments"]) == 1:
+            offset = gpa - window_gpa
+            if offset < 0 or offset > window_size - need:
+                row = find_region(regions, first, count, gpa)
+                if row >= 0:
+                    window_gpa = int(regions[row]["gpa"])
+                    window_size = int(regions[row]["size"])
+                    window_addr = int(regions[row]["addr"])
+                    offset = gpa - window_gpa
+            if 0 <= offset <= window_size - need:
+                addr = window_addr + offset
+                _write_header(addr, header_len, 1)
+                copy_bytes(addr + header_len, int(frame["addr"]), length)
+                slot = used + USED_ELEM_SIZE * ((next_used + taken) & mask)
+                store_any_u64(slot, head | (need << 32))
+                taken += 1
+                arrived += 1
+                sent_bytes += length
+                continue
+        got = _put_pieces(
+            ring, regions, first, count, scratch, frame, taken, room, tally
+        )
+        if got > 0:
+            taken += got
+            arrived += 1
+            sent_bytes += length
+        elif got == _PUT_FULL:
+            tally["tx_drop_ring_full"] += 1
+        elif got == _PUT_TOO_LONG:
+            tally["tx_drop_too_long"] += 1
+        elif got == _PUT_BAD:
+            # Handed back empty: the guest gets its buffer, we get past it.
+            slot = used + USED_ELEM_SIZE * ((next_used + taken) & mask)
+            store_any_u64(slot, head)
+            taken += 1
+            tally["tx_drop_bad_chain"] += 1
+        else:
+            tally["tx_drop_not_ready"] += n - k
+            break
+    if taken > 0:
+        next_used = (next_used + taken) & 0xFFFF
+        ring["next_avail"] = (next_avail + taken) & 0xFFFF
+        ring["next_used"] = next_used
+        # Everything written above is visible to the driver that sees this index.
+        store_release_u16(int(ring["used"]) + USED_IDX, next_used)
+    tally["tx_frames"] += arrived
+    tally["tx_bytes"] += sent_bytes
+    return arrived
+
+
+@jit
+def _write_header(addr: int, header_len: int, num_buffers: int) -> None:
+    """Write a header that asks for nothing. virtio 1.2 §5.1.6.4.1: num_buffers >= 1."""
+    store_any_u64(addr, 0)
+    if header_len == NET_HDR_LEN:
+        store_any_u32(addr + 8, num_buffers << 16)
+    else:
+        store_any_u16(addr + 8, 0)
+
+
+@jit
+def _put_pieces(
+    ring: Record,
+    regions: Records,
+    first: int,
+    count: int,
+    scratch: Scratch,
+    frame: Record,
+    taken: int,
+    room: int,
+    tally: Record,
+) -> int:
+    """Deliver one frame into chains of any shape; chains used, or a verdict <= 0.
+
+    With MRG_RXBUF a frame may fill several chains, all but the last completely; used
+    elements are written here and become visible with the burst. Nothing is written to
+    a buffer before there is room for everything. virtio 1.2 §5.1.6.3.2, §5.1.6.4.
+    """
+    size = int(ring["size"])
+    mask = size - 1
+    avail = int(ring["avail"]) + AVAIL_RING
+    next_avail = int(ring["next_avail"]) + taken
+    mergeable = (int(ring["features"]) & F_MRG_RXBUF) != 0
+    header_len = int(ring["header_len"])
+    need = int(frame["length"]) + header_len
+    used = int(ring["used"]) + USED_RING
+    next_used = int(ring["next_used"]) + taken
+    targets = scratch.targets
+    end = 0
+    chains = 0
+    missing = need
+    while missing > 0:
+        if chains == room - taken:
+            return _PUT_FULL
+        if chains > 0 and not mergeable:
+            return _PUT_TOO_LONG
+        head = load_u16(avail + 2 * ((next_avail + chains) & mask))
+        if head >= size:
+            _break(ring, tally)
+            return _PUT_BROKEN
+        before = end
+        end = _collect_targets(ring, regions, first, count, head, targets, end)
+        if end < 0:
+            # Only the chain at our position can be handed back.
+            return _PUT_BAD if chains == 0 else _PUT_TOO_LONG
+        space = 0
+        for k in range(before, end):
+            space += int(targets[k]["len"])
+        if space == 0 or (chains == 0 and space < header_len):
+            return _PUT_BAD if chains == 0 else _PUT_TOO_LONG
+        filled = min(space, missing)
+        slot = used + USED_ELEM_SIZE * ((next_used + chains) & mask)
+        store_any_u64(slot, head | (filled << 32))
+        missing -= filled
+        chains += 1
+    header = scratch.heads.ctypes.data
+    _write_header(header, header_len, chains)
+    _scatter(scratch, frame, header, header_len)
+    return chains
+
+
+@jit
+def _collect_targets(
+    ring: Record,
+    regions: Records,
+    first: int,
+    count: int,
+    head: int,
+    targets: Records,
+    end: int,
+) -> int:
+    """Append the writable pieces of a chain to `targets`; rows in use, or -1 if bad.
+
+    A readable descriptor in a receive chain is an error: we never write into it.
+    """
+    size = int(ring["size"])
+    table = int(ring["desc"])
+    table_gpa = 0
+    table_len = size
+    following = head
+    for _ in range(size + 1):
+        entry = table + DESC_SIZE * following
+        if table == 0:
+            entry_gpa = table_gpa + DESC_SIZE * following
+            entry = translate(regions, first, count, entry_gpa, DESC_SIZE)
+            if entry == 0:
+                return -1
+        gpa = load_any_u64(entry)
+        word = load_any_u64(entry + 8)
+        length = word & _LEN_MASK
+        flags = (word >> _FLAGS_SHIFT) & 0xFFFF
+        if flags & DESC_F_INDIRECT:
+            table_len = length // DESC_SIZE
+            bad = (
+                (int(ring["features"]) & F_INDIRECT_DESC) == 0
+                or table == 0
+                or (flags & DESC_F_NEXT) != 0
+                or length % DESC_SIZE != 0
+                or table_len < 1
+                or table_len > size
+            )
+            if bad:
+                return -1
+            table = 0
+            table_gpa = gpa
+            following = 0
+            continue
+        if (flags & DESC_F_WRITE) == 0:
+            return -1
+        end = append_pieces(
+            regions, first, count, gpa, length, targets, end, MAX_TARGETS
+        )
+        if end < 0:
+            return -1
+        if (flags & DESC_F_NEXT) == 0:
+            return end
+        following = (word >> _NEXT_SHIFT) & 0xFFFF
+        if following >= table_len:
+            return -1
+    return -1
+
+
+@jit
+def _scatter(scratch: Scratch, frame: Record, header: int, header_len: int) -> None:
+    """Copy the header, then the frame's pieces, into the collected targets."""
+    targets = scratch.targets
+    segments = scratch.segments
+    target = 0
+    at = int(targets[0]["addr"])
+    left = int(targets[0]["len"])
+    pieces = int(frame["segments"])
+    begin = int(frame["first_segment"])
+    for k in range(-1, pieces):
+        if k < 0:
+            src, length = header, header_len
+        elif pieces == 1:
+            src, length = int(frame["addr"]), int(frame["length"])
+        else:
+            src = int(segments[begin + k]["addr"])
+            length = int(segments[begin + k]["len"])
+        while length > 0:
+            while left == 0:
+                target += 1
+                at = int(targets[target]["addr"])
+                left = int(targets[target]["len"])
+            part = min(left, length)
+            copy_bytes(at, src, part)
+            at += part
+            left -= part
+            src += part
+            length -= part
+
+
+@jit
+def call(ring: Record, tally: Record) -> None:
+    """Interrupt the driver if it asked for it since the last time. virtio 1.2 §2.7.10."""
+    if int(ring["call_fd"]) == NO_FD:
+        return
+    # Pairs with the driver's fence between enabling interrupts and looking at used.idx:
+    # either it sees our index, or we see its wish.
+    fence()
+    avail = int(ring["avail"])
+    new = int(ring["next_used"])
+    old = int(ring["signalled_used"])
+    if int(ring["features"]) & F_EVENT_IDX:
+        event = load_u16(avail + AVAIL_RING + 2 * int(ring["size"]))
+        wanted = old < 0 or ((new - event - 1) & 0xFFFF) < ((new - old) & 0xFFFF)
+    else:
+        wanted = (load_u16(avail + AVAIL_FLAGS) & AVAIL_F_NO_INTERRUPT) == 0
+    ring["signalled_used"] = new
+    if wanted:
+        eventfd_signal(int(ring["call_fd"]))
+        tally["calls"] += 1
+
+
+@jit
+def ask_for_kicks(ring: Record) -> bool:
+    """Ask the driver to kick at its next chain; True if one is here already."""
+    used = int(ring["used"])
+    next_avail = int(ring["next_avail"])
+    if int(ring["features"]) & F_EVENT_IDX:
+        event = used + USED_RING + USED_ELEM_SIZE * int(ring["size"])
+        store_u16(event, next_avail)
+    else:
+        store_u16(used + USED_FLAGS, 0)
+    # Pairs with the driver's fence between avail.idx and its look at our wish: either
+    # we see its chain, or it sees that it has to kick.
+    fence()
+    return load_u16(int(ring["avail"]) + AVAIL_IDX) != next_avail
+
+
+@jit
+def stop_kicks(ring: Record) -> None:
+    """Ask the driver not to kick. With EVENT_IDX a stale event index does that."""
+    if (int(ring["features"]) & F_EVENT_IDX) == 0:
+        store_u16(int(ring["used"]) + USED_FLAGS, USED_F_NO_NOTIFY)
+
+
+@jit
+def _break(ring: Record, tally: Record) -> None:
+    """Stop serving a ring whose indexes make no sense, and tell the front-end."""
+    ring["state"] = RING_BROKEN
+    tally["broken_rings"] += 1
+    if int(ring["err_fd"]) != NO_FD:
+        eventfd_signal(int(ring["err_fd"]))

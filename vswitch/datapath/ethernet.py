@@ -1,0 +1,39 @@
+"""Ethernet addresses as numbers: the six bytes, first byte lowest.
+
+IEEE 802.3 §3.2.3: the lowest bit of the first byte marks a group address.
+"""
+
+from typing import Final
+
+from ports.native import jit, load_any_u64
+
+_ADDRESS_MASK: Final = 0xFFFFFFFFFFFF
+_GROUP_BIT: Final = 1
+# 01:80:c2:00:00:00 to 0f, IEEE 802.1Q §8.6.3: bridges keep these to the link.
+_RESERVED: Final = 0x0000C28001
+_RESERVED_MASK: Final = 0xF0FFFFFFFFFF
+
+
+@jit
+def read_destination(frame: int) -> int:
+    """Destination address of the frame at `frame`, read once."""
+    return load_any_u64(frame) & _ADDRESS_MASK
+
+
+@jit
+def read_source(frame: int) -> int:
+    """Source address of the frame at `frame`, read once."""
+    # Bytes 6 to 13; all of them lie within the smallest frame.
+    return load_any_u64(frame + 6) & _ADDRESS_MASK
+
+
+@jit
+def is_group(address: int) -> bool:
+    """Whether an address is a multicast or the broadcast address."""
+    return (address & _GROUP_BIT) != 0
+
+
+@jit
+def is_reserved(address: int) -> bool:
+    """Whether an address belongs to protocols of the link itself (LACP, LLDP, STP)."""
+    return (address & _RESERVED_MASK) == _RESERVED

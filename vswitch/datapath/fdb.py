@@ -1,0 +1,386 @@
+"""Forwarding database: which port was an address last seen on.
+
+Buckets of one cache line; a key (VLAN and address in one word) can live only in the
+bucket that its hash names, so a lookup has a fixed worst case. The hash has a secret
+multiplier, or a guest could aim at somebody's bucket. `learn` refreshes the stamp;
+an entry older than the ageing time is not found any more, and `expire` clears a few
+hundred buckets a turn, so no turn is ever long.
+
+A port may own `PORT.max_addresses` entries. At its limit, or when a bucket is full, an
+address can only push out an expired one or the oldest learned entry of the port that
+owns most of the bucket: a guest that invents addresses pushes out its own.
+
+Shared by all workers. Readers take no lock: key, value, key again. Writers hold the
+bucket's lock word (worker number + 1), which `free_locks` clears if its owner died.
+Not here: multicast snooping.
+"""
+
+from typing import Final
+
+from ports.base import PORT
+from ports.native import (
+    Record,
+    Records,
+    add_u64,
+    jit,
+    load_acquire_u64,
+    load_u32,
+    load_u64,
+    pause,
+    sched_yield,
+    store_release_u32,
+    store_release_u64,
+    store_u32,
+    store_u64,
+    swap_if_u32,
+)
+from vswitch.records import (
+    FDB,
+    FDB_BUCKETS,
+    FDB_PORT_MASK,
+    FDB_STAMP_MASK,
+    FDB_STAMP_SHIFT,
+    FDB_STATIC,
+    FDB_WAYS,
+    Shared,
+)
+
+_BUCKET_SIZE: Final = FDB.itemsize
+_VALUES: Final = 8 * FDB_WAYS
+_LOCK: Final = _VALUES + 4 * FDB_WAYS
+_HASH_BITS: Final = FDB_BUCKETS.bit_length() - 1
+_HASH_SHIFT: Final = 64 - _HASH_BITS
+_HASH_MASK: Final = FDB_BUCKETS - 1
+_PORT_SIZE: Final = PORT.itemsize
+_ADDRESSES: Final = PORT.fields["addresses"][1] if PORT.fields else 0
+
+NOT_FOUND: Final = -1
+_SPINS_BEFORE_YIELD: Final = 256
+_MAX_SPINS: Final = 1 << 14
+# Whose lock it is when no worker number is at hand: control operations.
+CONTROL: Final = 1 << 16
+
+
+@jit
+def bucket_of(fdb: Records, seed: int, key: int) -> int:
+    """Address of the only bucket that may hold `key`."""
+    index = ((key * seed) >> _HASH_SHIFT) & _HASH_MASK
+    return int(fdb.ctypes.data) + index * _BUCKET_SIZE
+
+
+@jit
+def lookup(bucket: int, key: int, now_s: int, ageing_s: int) -> int:
+    """Port slot behind `key`, or NOT_FOUND."""
+    for way in range(FDB_WAYS):
+        if load_u64(bucket + 8 * way) == key:
+            value = load_u32(bucket + _VALUES + 4 * way)
+            # Pairs with `_write`: the same key around the value means the value is its.
+            if load_acquire_u64(bucket + 8 * way) != key:
+                return NOT_FOUND
+            if _is_expired(value, now_s, ageing_s):
+                return NOT_FOUND
+            return value & FDB_PORT_MASK
+    return NOT_FOUND
+
+
+@jit
+def learn(
+    shared: Shared, key: int, port: int, worker: int, now_s: int, tally: Record
+) -> None:
+    """Note that `key` was seen on `port` at `now_s`.
+
+    Static entries stay where they are. Counts what happened in `tally`.
+    """
+    header = shared.header[0]
+    ageing_s = int(header["ageing_s"])
+    bucket = bucket_of(shared.fdb, int(header["hash_seed"]), key)
+    value = port | ((now_s & FDB_STAMP_MASK) << FDB_STAMP_SHIFT)
+    if not _lock(bucket, worker + 1):
+        return  # the next frame tries again
+    way = _find(bucket, key)
+    if way >= 0:
+        old = load_u32(bucket + _VALUES + 4 * way)
+        if (old & FDB_STATIC) == 0:
+            old_port = old & FDB_PORT_MASK
+            store_u32(bucket + _VALUES + 4 * way, value)
+            if old_port != port:
+                tally["fdb_moved"] += 1
+                _count(shared.ports, old_port, -1)
+                _count(shared.ports, port, 1)
+    else:
+        _insert(shared, bucket, key, value, port, now_s, ageing_s, tally)
+    store_release_u32(bucket + _LOCK, 0)
+
+
+@jit
+def _insert(
+    shared: Shared,
+    bucket: int,
+    key: int,
+    value: int,
+    port: int,
+    now_s: int,
+    ageing_s: int,
+    tally: Record,
+) -> None:
+    """Find a place for a new learned key; the bucket is locked."""
+    limit = int(shared.ports[port]["max_addresses"])
+    own = load_u64(_addresses(shared.ports, port))
+    way = _place(bucket, port, own >= limit, now_s, ageing_s)
+    if way < 0:
+        tally["fdb_refused"] += 1
+        return
+    if load_u64(bucket + 8 * way) != 0:
+        old = load_u32(bucket + _VALUES + 4 * way)
+        _count(shared.ports, old & FDB_PORT_MASK, -1)
+        if _is_expired(old, now_s, ageing_s):
+            tally["fdb_expired"] += 1
+        else:
+            tally["fdb_evicted"] += 1
+    _write(bucket, way, key, value)
+    _count(shared.ports, port, 1)
+    tally["fdb_learned"] += 1
+
+
+@jit
+def _place(bucket: int, port: int, at_limit: bool, now_s: int, ageing_s: int) -> int:
+    """The way a new entry of `port` may take, or -1.
+
+    An empty or expired one; else, if the port is at its limit, its own oldest; else the
+    oldest of the port that owns most ways here.
+    """
+    most = 0
+    victim_port = port
+    for way in range(FDB_WAYS):
+        key = load_u64(bucket + 8 * way)
+        value = load_u32(bucket + _VALUES + 4 * way)
+        if key == 0:
+            if not at_limit:
+                return way
+        elif (value & FDB_STATIC) == 0:
+            own = (value & FDB_PORT_MASK) == port
+            if _is_expired(value, now_s, ageing_s) and (own or not at_limit):
+                return way
+            owned = _owned(bucket, value & FDB_PORT_MASK)
+            if owned > most:
+                most = owned
+                victim_port = value & FDB_PORT_MASK
+    if at_limit:
+        victim_port = port
+    return _oldest(bucket, victim_port, now_s)
+
+
+@jit
+def _owned(bucket: int, port: int) -> int:
+    owned = 0
+    for way in range(FDB_WAYS):
+        value = load_u32(bucket + _VALUES + 4 * way)
+        if load_u64(bucket + 8 * way) != 0 and (value & FDB_STATIC) == 0:
+            owned += int((value & FDB_PORT_MASK) == port)
+    return owned
+
+
+@jit
+def _oldest(bucket: int, port: int, now_s: int) -> int:
+    oldest = -1
+    oldest_age = -1
+    for way in range(FDB_WAYS):
+        value = load_u32(bucket + _VALUES + 4 * way)
+        if load_u64(bucket + 8 * way) == 0 or (value & FDB_STATIC) != 0:
+            continue
+        age = _age(value, now_s)
+        if (value & FDB_PORT_MASK) == port and age > oldest_age:
+            oldest = way
+            oldest_age = age
+    return oldest
+
+
+@jit
+def set_static(shared: Shared, key: int, port: int) -> int:
+    """Pin `key` to `port`; 1, or 0 where the bucket is full of static entries."""
+    bucket = bucket_of(shared.fdb, int(shared.header[0]["hash_seed"]), key)
+    if not _lock(bucket, CONTROL):
+        return 0
+    way = _find(bucket, key)
+    if way < 0:
+        way = _find(bucket, 0)
+    for candidate in range(FDB_WAYS):
+        value = load_u32(bucket + _VALUES + 4 * candidate)
+        if way < 0 and (value & FDB_STATIC) == 0:
+            way = candidate
+    if way >= 0:
+        _uncount(shared, bucket, way)
+        _write(bucket, way, key, port | FDB_STATIC)
+    store_release_u32(bucket + _LOCK, 0)
+    return int(way >= 0)
+
+
+@jit
+def remove(shared: Shared, key: int) -> int:
+    """Forget `key`, learned or static; the number of entries removed."""
+    bucket = bucket_of(shared.fdb, int(shared.header[0]["hash_seed"]), key)
+    if not _lock(bucket, CONTROL):
+        return 0
+    way = _find(bucket, key)
+    if way >= 0:
+        _clear(shared, bucket, way)
+    store_release_u32(bucket + _LOCK, 0)
+    return int(way >= 0)
+
+
+@jit
+def flush_port(shared: Shared, port: int, also_static: int) -> int:
+    """Forget what is behind `port`; the number of entries removed."""
+    removed = 0
+    for index in range(FDB_BUCKETS):
+        bucket = int(shared.fdb.ctypes.data) + index * _BUCKET_SIZE
+        if _owned_in_all(bucket, port) == 0 or not _lock(bucket, CONTROL):
+            continue
+        for way in range(FDB_WAYS):
+            value = load_u32(bucket + _VALUES + 4 * way)
+            mine = load_u64(bucket + 8 * way) != 0 and (value & FDB_PORT_MASK) == port
+            if mine and (also_static != 0 or (value & FDB_STATIC) == 0):
+                _clear(shared, bucket, way)
+                removed += 1
+        store_release_u32(bucket + _LOCK, 0)
+    return removed
+
+
+@jit
+def flush_learned(shared: Shared) -> int:
+    """Forget every learned entry; the number of entries removed."""
+    removed = 0
+    for index in range(FDB_BUCKETS):
+        bucket = int(shared.fdb.ctypes.data) + index * _BUCKET_SIZE
+        if _is_empty(bucket) or not _lock(bucket, CONTROL):
+            continue
+        for way in range(FDB_WAYS):
+            value = load_u32(bucket + _VALUES + 4 * way)
+            if load_u64(bucket + 8 * way) != 0 and (value & FDB_STATIC) == 0:
+                _clear(shared, bucket, way)
+                removed += 1
+        store_release_u32(bucket + _LOCK, 0)
+    return removed
+
+
+@jit
+def expire(
+    shared: Shared, begin: int, count: int, worker: int, now_s: int, counters: Records
+) -> int:
+    """Clear expired entries of `count` buckets from `begin`; the bucket to go on with."""
+    ageing_s = int(shared.header[0]["ageing_s"])
+    for step in range(count):
+        index = (begin + step) & _HASH_MASK
+        bucket = int(shared.fdb.ctypes.data) + index * _BUCKET_SIZE
+        if not _has_expired(bucket, now_s, ageing_s) or not _lock(bucket, worker + 1):
+            continue
+        for way in range(FDB_WAYS):
+            value = load_u32(bucket + _VALUES + 4 * way)
+            if load_u64(bucket + 8 * way) != 0 and _is_expired(value, now_s, ageing_s):
+                counters[worker, value & FDB_PORT_MASK]["fdb_expired"] += 1
+                _clear(shared, bucket, way)
+        store_release_u32(bucket + _LOCK, 0)
+    return (begin + count) & _HASH_MASK
+
+
+@jit
+def free_locks(shared: Shared, dead: int) -> int:
+    """Free the locks of a worker that died; how many there were."""
+    freed = 0
+    for index in range(FDB_BUCKETS):
+        lock = int(shared.fdb.ctypes.data) + index * _BUCKET_SIZE + _LOCK
+        if load_u32(lock) == dead + 1:
+            store_release_u32(lock, 0)
+            freed += 1
+    return freed
+
+
+@jit
+def _has_expired(bucket: int, now_s: int, ageing_s: int) -> bool:
+    for way in range(FDB_WAYS):
+        value = load_u32(bucket + _VALUES + 4 * way)
+        if load_u64(bucket + 8 * way) != 0 and _is_expired(value, now_s, ageing_s):
+            return True
+    return False
+
+
+@jit
+def _owned_in_all(bucket: int, port: int) -> int:
+    owned = 0
+    for way in range(FDB_WAYS):
+        value = load_u32(bucket + _VALUES + 4 * way)
+        if load_u64(bucket + 8 * way) != 0:
+            owned += int((value & FDB_PORT_MASK) == port)
+    return owned
+
+
+@jit
+def _is_empty(bucket: int) -> bool:
+    for way in range(FDB_WAYS):
+        if load_u64(bucket + 8 * way) != 0:
+            return False
+    return True
+
+
+@jit
+def _find(bucket: int, key: int) -> int:
+    for way in range(FDB_WAYS):
+        if load_u64(bucket + 8 * way) == key:
+            return way
+    return -1
+
+
+@jit
+def _write(bucket: int, way: int, key: int, value: int) -> None:
+    """Replace a way. Pairs with `lookup`: no reader sees a key beside a foreign value."""
+    store_release_u64(bucket + 8 * way, 0)
+    store_release_u32(bucket + _VALUES + 4 * way, value)
+    store_release_u64(bucket + 8 * way, key)
+
+
+@jit
+def _clear(shared: Shared, bucket: int, way: int) -> None:
+    _uncount(shared, bucket, way)
+    store_u64(bucket + 8 * way, 0)
+
+
+@jit
+def _uncount(shared: Shared, bucket: int, way: int) -> None:
+    """Take a way that is about to go off its port's account."""
+    value = load_u32(bucket + _VALUES + 4 * way)
+    if load_u64(bucket + 8 * way) != 0 and (value & FDB_STATIC) == 0:
+        _count(shared.ports, value & FDB_PORT_MASK, -1)
+
+
+@jit
+def _addresses(ports: Records, port: int) -> int:
+    return int(ports.ctypes.data) + port * _PORT_SIZE + _ADDRESSES
+
+
+@jit
+def _count(ports: Records, port: int, change: int) -> None:
+    add_u64(_addresses(ports, port), change)
+
+
+@jit
+def _age(value: int, now_s: int) -> int:
+    return (now_s - (value >> FDB_STAMP_SHIFT)) & FDB_STAMP_MASK
+
+
+@jit
+def _is_expired(value: int, now_s: int, ageing_s: int) -> bool:
+    age = _age(value, now_s)
+    # Another worker's clock may be a second ahead of ours: a huge age is a young one.
+    return (value & FDB_STATIC) == 0 and ageing_s <= age < FDB_STAMP_MASK - 1
+
+
+@jit
+def _lock(bucket: int, owner: int) -> bool:
+    """Lock a bucket; False if somebody held it for too long (he may be dead)."""
+    for spin in range(_MAX_SPINS):
+        if swap_if_u32(bucket + _LOCK, 0, owner) == 0:
+            return True
+        pause()
+        if spin % _SPINS_BEFORE_YIELD == _SPINS_BEFORE_YIELD - 1:
+            sched_yield()
+    return False

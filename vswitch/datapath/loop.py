@@ -1,0 +1,186 @@
+"""A worker's turn: poll its rings until the budget is spent.
+
+    poll_turn -> _serve -> receive -> forward_burst (decide, transmit) -> release
+
+Everything here is jitted, takes the shared records and returns numbers. The worker's
+Python half runs between turns only, so nothing that it changes (mappings, ring states)
+changes under a turn.
+"""
+
+from typing import Final
+
+import numpy as np
+
+from ports import dispatch
+from ports.base import KIND_VHOST_USER, RING_RUNNING, RING_STARTING, RINGS_PER_PORT
+from ports.burst import Scratch, make_scratch
+from ports.native import Records, jit, pause, rdtsc
+from ports.vhost import split
+from vswitch.datapath import fdb, forward
+from vswitch.records import Shared
+
+__all__ = [
+    "ask_for_kicks",
+    "expire",
+    "make_scratch",
+    "poll_turn",
+    "repair_rings",
+    "start_rings",
+    "stop_kicks",
+]
+
+# An idle turn ends after this part of the budget, so that idling is noticed early.
+_IDLE_PART: Final = 8
+
+
+@jit
+def poll_turn(
+    shared: Shared,
+    scratch: Scratch,
+    worker: int,
+    polled: Records,
+    now_s: int,
+    budget: int,
+) -> int:
+    """Serve the rings in `polled` in turn for about `budget` cycles.
+
+    One burst a ring and round, so that a guest that refills its ring as fast as we take
+    from it does not starve the others.
+
+    Returns:
+        Frames taken from all rings.
+    """
+    begin = rdtsc()
+    mark = begin
+    busy = 0
+    frames = 0
+    rounds = 0
+    while True:
+        moved = 0
+        for at in range(polled.size):
+            moved += _serve(shared, scratch, worker, polled[at], now_s)
+        rounds += 1
+        now = rdtsc()
+        if moved > 0:
+            busy += now - mark
+            frames += moved
+        else:
+            pause()
+        mark = now
+        spent = now - begin
+        if spent >= budget or (frames == 0 and spent >= budget // _IDLE_PART):
+            break
+    record = shared.workers[worker]
+    record["turns"] += 1
+    record["polls"] += rounds
+    record["frames"] += frames
+    record["busy_cycles"] += busy
+    record["idle_cycles"] += mark - begin - busy
+    return frames
+
+
+@jit
+def _serve(
+    shared: Shared, scratch: Scratch, worker: int, index: int, now_s: int
+) -> int:
+    """Move one burst from ring `index`; return its frames."""
+    ring = shared.rings[index]
+    if int(ring["state"]) != RING_RUNNING:
+        return 0
+    ingress = int(ring["port"])
+    port = shared.ports[ingress]
+    tally = shared.counters[worker, ingress]
+    n = dispatch.receive(ring, port, shared.regions, scratch, tally)
+    if n == 0:
+        return 0
+    if int(ring["enabled"]) != 0:
+        forward.forward_burst(shared, scratch, worker, ring, n, now_s)
+    else:
+        # vhost-user: a disabled ring of a running device is drained and discarded.
+        tally["rx_frames"] += n
+        tally["rx_drop_disabled"] += n
+    dispatch.release(ring, port, tally)
+    return n
+
+
+@jit
+def start_rings(shared: Shared, worker: int) -> int:
+    """Take up the STARTING rings that this worker owns; how many there were.
+
+    Their memory is mapped in every worker before they are handed to us.
+    """
+    started = 0
+    for index in range(int(shared.header[0]["port_slots"]) * RINGS_PER_PORT):
+        ring = shared.rings[index]
+        if int(ring["state"]) != RING_STARTING or int(ring["owner"]) != worker:
+            continue
+        if int(shared.ports[int(ring["port"])]["kind"]) == KIND_VHOST_USER:
+            split.start(ring)
+        else:
+            ring["state"] = RING_RUNNING
+        started += 1
+    return started
+
+
+@jit
+def repair_rings(shared: Shared, dead: int, worker: int) -> int:
+    """Make usable what worker `dead` left behind, now that `worker` owns it.
+
+    A receive ring had no other user. A transmit ring may have been in the hands of a
+    live worker; it needs repair only if the dead one held its lock, or used it alone.
+
+    Returns:
+        How many rings were repaired.
+    """
+    fdb.free_locks(shared, dead)
+    repaired = 0
+    for index in range(int(shared.header[0]["port_slots"]) * RINGS_PER_PORT):
+        ring = shared.rings[index]
+        if int(ring["state"]) != RING_RUNNING:
+            continue
+        if int(shared.ports[int(ring["port"])]["kind"]) != KIND_VHOST_USER:
+            continue
+        held = int(ring["lock"]) == dead + 1
+        alone = int(ring["shared"]) == 0 and int(ring["owner"]) == worker
+        polled = index % 2 == 1 and int(ring["owner"]) == worker
+        if held or alone or polled:
+            split.resync(ring)
+            split.stop_kicks(ring)
+            ring["lock"] = 0
+            repaired += 1
+    return repaired
+
+
+@jit
+def ask_for_kicks(shared: Shared, worker: int, polled: Records) -> int:
+    """Before sleep: ask every guest to kick; the number of rings with frames waiting."""
+    waiting = 0
+    for at in range(polled.size):
+        ring = shared.rings[polled[at]]
+        if int(ring["state"]) == RING_RUNNING and int(ring["owner"]) == worker:
+            port = shared.ports[int(ring["port"])]
+            waiting += int(dispatch.ask_for_kicks(ring, port))
+    return waiting
+
+
+@jit
+def stop_kicks(shared: Shared, worker: int, polled: Records) -> None:
+    """After sleep: we are looking again."""
+    for at in range(polled.size):
+        ring = shared.rings[polled[at]]
+        if int(ring["state"]) == RING_RUNNING and int(ring["owner"]) == worker:
+            dispatch.stop_kicks(ring, shared.ports[int(ring["port"])])
+
+
+@jit
+def expire(shared: Shared, begin: int, count: int, worker: int, now_s: int) -> int:
+    """Age out a part of the forwarding database; the bucket to go on with."""
+    return fdb.expire(shared, begin, count, worker, now_s, shared.counters)
+
+
+def polled_rings(shared: Shared, worker: int) -> "np.ndarray[tuple[int], np.dtype[np.int64]]":
+    """Indexes of the receive rings that this worker has to poll, in order."""
+    rings = shared.rings
+    receives = np.arange(len(rings)) % 2 == 1
+    running = (rings["state"] == RING_RUNNING) & (rings["owner"] == worker)
+    return np.flatnonzero(receives & running).astype(np.int64)
