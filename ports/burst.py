@@ -7,7 +7,7 @@ have the shape of C's struct iovec so that a tap can write them as they are.
 Numba-free; the records live in a worker's private memory.
 """
 
-from typing import Final, NamedTuple
+from typing import Any, Final
 
 import numpy as np
 
@@ -46,30 +46,41 @@ SEGMENT: Final = np.dtype([("addr", "<i8"), ("len", "<i8")])
 TAP_SLOT: Final = 65536 + 192
 
 
-class Scratch(NamedTuple):
-    """What a worker needs to handle one burst; private, allocated once."""
+# Where a worker finds everything: one record of addresses, so that a jitted function
+# takes one argument that costs nothing to pass. First the tables of the shared segment,
+# then the worker's own scratch memory for the burst in hand.
+CONTEXT: Final = np.dtype(
+    [
+        ("header", "<i8"),
+        ("ports", "<i8"),
+        ("rings", "<i8"),
+        ("regions", "<i8"),
+        ("fdb", "<i8"),
+        ("counters", "<i8"),
+        ("workers", "<i8"),
+        ("burst", "<i8"),  # FRAME[BURST_SIZE]
+        ("segments", "<i8"),  # SEGMENT rows of the burst
+        ("targets", "<i8"),  # SEGMENT rows of one delivery
+        ("heads", "<i8"),  # gathered heads; the first is for headers we write
+        ("tap_slots", "<i8"),
+        ("picked", "<i8"),  # i8[]: frames for one egress
+        ("first", "<i8"),  # i8[MAX_PORTS]: first frame for a port, or -1
+        ("last", "<i8"),  # i8[MAX_PORTS]: last frame for a port
+        ("egresses", "<i8"),  # i8[]: ports with frames
+    ]
+)
 
-    burst: "np.ndarray[tuple[int], np.dtype[np.void]]"  # FRAME[BURST_SIZE]
-    segments: "np.ndarray[tuple[int], np.dtype[np.void]]"  # SEGMENT rows of the burst
-    targets: "np.ndarray[tuple[int], np.dtype[np.void]]"  # SEGMENT rows of one delivery
-    heads: "np.ndarray[tuple[int], np.dtype[np.uint8]]"  # gathered heads
-    tap_slots: "np.ndarray[tuple[int], np.dtype[np.uint8]]"
-    picked: "np.ndarray[tuple[int], np.dtype[np.int64]]"  # frames for one egress
-    first: "np.ndarray[tuple[int], np.dtype[np.int64]]"  # per port: first frame, or -1
-    last: "np.ndarray[tuple[int], np.dtype[np.int64]]"  # per port: last frame
-    egresses: "np.ndarray[tuple[int], np.dtype[np.int64]]"  # ports with frames, then their number
 
-
-def make_scratch() -> Scratch:
-    """Allocate a worker's scratch memory."""
-    return Scratch(
-        burst=np.zeros(BURST_SIZE, FRAME),
-        segments=np.zeros(BURST_SIZE * MAX_SEGMENTS, SEGMENT),
-        targets=np.zeros(MAX_TARGETS, SEGMENT),
-        heads=np.zeros((BURST_SIZE + 1) * ETH_SNAPSHOT, np.uint8),
-        tap_slots=np.zeros(BURST_SIZE * TAP_SLOT, np.uint8),
-        picked=np.zeros(BURST_SIZE, np.int64),
-        first=np.full(MAX_PORTS, -1, np.int64),
-        last=np.zeros(MAX_PORTS, np.int64),
-        egresses=np.zeros(BURST_SIZE + 1, np.int64),
-    )
+def make_scratch() -> dict[str, "np.ndarray[Any, np.dtype[Any]]"]:
+    """Allocate a worker's scratch memory, by the names of CONTEXT's second half."""
+    return {
+        "burst": np.zeros(BURST_SIZE, FRAME),
+        "segments": np.zeros(BURST_SIZE * MAX_SEGMENTS, SEGMENT),
+        "targets": np.zeros(MAX_TARGETS, SEGMENT),
+        "heads": np.zeros((BURST_SIZE + 1) * ETH_SNAPSHOT, np.uint8),
+        "tap_slots": np.zeros(BURST_SIZE * TAP_SLOT, np.uint8),
+        "picked": np.zeros(BURST_SIZE, np.int64),
+        "first": np.full(MAX_PORTS, -1, np.int64),
+        "last": np.zeros(MAX_PORTS, np.int64),
+        "egresses": np.zeros(BURST_SIZE, np.int64),
+    }

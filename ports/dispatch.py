@@ -16,10 +16,8 @@ from ports.base import (
     RINGS_PER_PORT,
     TX,
 )
-from ports.burst import Scratch
 from ports.native import (
     Record,
-    Records,
     jit,
     pause,
     sched_yield,
@@ -27,6 +25,7 @@ from ports.native import (
     swap_if_u64,
 )
 from ports.vhost import split
+from ports.views import port_at, ring_at
 
 _RING_SIZE: Final = RING.itemsize
 _LOCK: Final = RING.fields["lock"][1] if RING.fields else 0
@@ -35,14 +34,12 @@ _MAX_SPINS: Final = 1 << 16
 
 
 @jit
-def receive(
-    ring: Record, port: Record, regions: Records, scratch: Scratch, tally: Record
-) -> int:
+def receive(ring: Record, port: Record, ctx: Record, tally: Record) -> int:
     """Take up to a burst of frames from the port; return how many."""
     if int(port["kind"]) == KIND_VHOST_USER:
-        return split.take(ring, port, regions, scratch, tally)
+        return split.take(ring, port, ctx, tally)
     if int(port["kind"]) == KIND_TAP:
-        return tap_data.receive(port, scratch)
+        return tap_data.receive(port, ctx)
     return 0
 
 
@@ -61,62 +58,44 @@ def release(ring: Record, port: Record, tally: Record) -> None:
 
 
 @jit
-def transmit(
-    ports: Records,
-    rings: Records,
-    regions: Records,
-    scratch: Scratch,
-    egress: int,
-    worker: int,
-    n: int,
-    tally: Record,
-) -> int:
+def transmit(ctx: Record, egress: int, worker: int, n: int, tally: Record) -> int:
     """Send the `n` picked frames out of port `egress`; return how many arrived.
 
     Every frame is counted in `tally`, sent or dropped.
     """
-    port = ports[egress]
+    port = port_at(int(ctx["ports"]), egress)
     arrived = 0
     if int(port["up"]) == 0:
         tally["tx_drop_not_ready"] += n
     elif int(port["kind"]) == KIND_TAP:
-        arrived = tap_data.transmit(port, scratch, n, tally)
+        arrived = tap_data.transmit(port, ctx, n, tally)
     else:
         # One ring a worker where the guest has enough of them: a flow enters by one
         # worker, so it leaves by one ring, in order.
         pair = worker % max(int(port["pairs"]), 1)
         index = egress * RINGS_PER_PORT + 2 * pair + TX
-        arrived = _transmit_ring(
-            rings, index, port, regions, scratch, worker, n, tally
-        )
+        arrived = _transmit_ring(ctx, index, port, worker, n, tally)
     return arrived
 
 
 @jit
 def _transmit_ring(
-    rings: Records,
-    index: int,
-    port: Record,
-    regions: Records,
-    scratch: Scratch,
-    worker: int,
-    n: int,
-    tally: Record,
+    ctx: Record, index: int, port: Record, worker: int, n: int, tally: Record
 ) -> int:
-    ring = rings[index]
+    ring = ring_at(int(ctx["rings"]), index)
     if int(ring["state"]) != RING_RUNNING or int(ring["enabled"]) == 0:
         tally["tx_drop_not_ready"] += n
         return 0
     if int(ring["shared"]) == 0:
-        arrived = split.put(ring, port, regions, scratch, n, tally)
+        arrived = split.put(ring, port, ctx, n, tally)
         if arrived > 0:
             split.call(ring, tally)
         return arrived
-    lock = int(rings.ctypes.data) + index * _RING_SIZE + _LOCK
+    lock = int(ctx["rings"]) + index * _RING_SIZE + _LOCK
     if not _lock(lock, worker + 1):
         tally["tx_drop_lock_busy"] += n
         return 0
-    arrived = split.put(ring, port, regions, scratch, n, tally)
+    arrived = split.put(ring, port, ctx, n, tally)
     if arrived > 0:
         split.call(ring, tally)
     store_release_u64(lock, 0)

@@ -248,6 +248,33 @@ _prefetch_read: Final = _prefetch(0)
 _prefetch_write: Final = _prefetch(1)
 
 
+def records_at(dtype: "np.dtype[Any]") -> Callable[[int, int], Record]:
+    """Make a function (address of a table, row) -> that row as a record.
+
+    In jitted code the result is a bare pointer: unlike an array it has no reference
+    count, whose atomic updates at every call cost more than a frame's copy.
+    """
+    kind = numba.from_dtype(dtype)
+    size = dtype.itemsize
+
+    def record(table: int, row: int) -> Record:
+        memory = (ctypes.c_char * size).from_address(table + row * size)
+        return cast("Record", np.frombuffer(memory, dtype)[0])
+
+    @intrinsic
+    def pointer(_context: Any, addr: Any) -> Any:
+        def codegen(context: Any, builder: Any, _signature: Any, args: Any) -> Any:
+            return builder.inttoptr(args[0], context.get_value_type(kind))
+
+        return kind(types.int64), codegen
+
+    @overload(record, strict=False)
+    def _record(table: Any, row: Any) -> Any:  # noqa: ARG001 (typing only)
+        return lambda table, row: pointer(table + row * size)
+
+    return record
+
+
 # --- libc ----------------------------------------------------------------------------
 
 _libc: Final = ctypes.CDLL(None, use_errno=True)

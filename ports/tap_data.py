@@ -13,9 +13,9 @@ from ports.burst import (
     SEGMENT,
     TAP_SLOT,
     TOO_SHORT,
-    Scratch,
 )
-from ports.native import Record, jit, read_fd, writev_fd
+from ports.native import Record, jit, load_u64, read_fd, writev_fd
+from ports.views import frame_at, segment_at
 
 _EAGAIN: Final = 11
 _ENOBUFS: Final = 105
@@ -23,18 +23,18 @@ _SEGMENT_SIZE: Final = SEGMENT.itemsize
 
 
 @jit
-def receive(port: Record, scratch: Scratch) -> int:
+def receive(port: Record, ctx: Record) -> int:
     """Read up to a burst of frames; return how many. Errors end the burst."""
     fd = int(port["fd"])
     if fd == NO_FD:
         return 0
-    slots = int(scratch.tap_slots.ctypes.data)
+    slots = int(ctx["tap_slots"])
     for i in range(BURST_SIZE):
         addr = slots + i * TAP_SLOT
         length = read_fd(fd, addr, TAP_SLOT)
         if length <= 0:
             return i
-        frame = scratch.burst[i]
+        frame = frame_at(int(ctx["burst"]), i)
         frame["addr"] = addr
         frame["eth"] = addr
         frame["length"] = length if length >= MIN_FRAME else TOO_SHORT
@@ -44,7 +44,7 @@ def receive(port: Record, scratch: Scratch) -> int:
 
 
 @jit
-def transmit(port: Record, scratch: Scratch, n: int, tally: Record) -> int:
+def transmit(port: Record, ctx: Record, n: int, tally: Record) -> int:
     """Write the `n` picked frames; return how many the kernel took.
 
     A full queue and a link that is down are counted apart.
@@ -53,12 +53,13 @@ def transmit(port: Record, scratch: Scratch, n: int, tally: Record) -> int:
     max_frame = int(port["max_frame"])
     arrived = 0
     for k in range(n):
-        frame = scratch.burst[scratch.picked[k]]
+        pick = load_u64(int(ctx["picked"]) + 8 * k)
+        frame = frame_at(int(ctx["burst"]), pick)
         length = int(frame["length"])
         if length > max_frame:
             tally["tx_drop_too_long"] += 1
             continue
-        got = _write(fd, scratch, frame, length)
+        got = _write(fd, ctx, frame, length)
         if got == length:
             arrived += 1
             tally["tx_bytes"] += length
@@ -71,12 +72,12 @@ def transmit(port: Record, scratch: Scratch, n: int, tally: Record) -> int:
 
 
 @jit
-def _write(fd: int, scratch: Scratch, frame: Record, length: int) -> int:
+def _write(fd: int, ctx: Record, frame: Record, length: int) -> int:
     pieces = int(frame["segments"])
     if pieces > 1:
-        row = int(scratch.segments.ctypes.data)
-        row += int(frame["first_segment"]) * _SEGMENT_SIZE
-        return writev_fd(fd, row, pieces)
-    scratch.targets[0]["addr"] = frame["addr"]
-    scratch.targets[0]["len"] = length
-    return writev_fd(fd, int(scratch.targets.ctypes.data), 1)
+        row = int(frame["first_segment"]) * _SEGMENT_SIZE
+        return writev_fd(fd, int(ctx["segments"]) + row, pieces)
+    piece = segment_at(int(ctx["targets"]), 0)
+    piece["addr"] = int(frame["addr"])
+    piece["len"] = length
+    return writev_fd(fd, int(ctx["targets"]), 1)

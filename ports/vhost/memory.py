@@ -4,7 +4,8 @@ A port's memory table is a few rows of REGION. `PORT.regions` names the rows in 
 so a table is replaced in one store and a worker sees the old one or the new one.
 """
 
-from ports.native import Record, Records, jit
+from ports.native import Record, jit
+from ports.views import region_at, segment_at
 
 
 @jit
@@ -15,21 +16,22 @@ def region_rows(port: Record) -> tuple[int, int]:
 
 
 @jit
-def find_region(regions: Records, first: int, count: int, gpa: int) -> int:
+def find_region(regions: int, first: int, count: int, gpa: int) -> int:
     """The row that holds guest-physical address `gpa`, or -1.
 
     Signed arithmetic is safe: rows were checked not to wrap, so a difference within
     [0, size) is the true distance even for addresses above 2**63.
     """
     for row in range(first, first + count):
-        offset = gpa - int(regions[row]["gpa"])
-        if 0 <= offset < int(regions[row]["size"]):
+        region = region_at(regions, row)
+        offset = gpa - int(region["gpa"])
+        if 0 <= offset < int(region["size"]):
             return row
     return -1
 
 
 @jit
-def translate(regions: Records, first: int, count: int, gpa: int, length: int) -> int:
+def translate(regions: int, first: int, count: int, gpa: int, length: int) -> int:
     """Our address of `length` contiguous bytes at `gpa`, or 0.
 
     0 as well where the bytes cross the end of a region: neighbours in the guest need
@@ -38,20 +40,21 @@ def translate(regions: Records, first: int, count: int, gpa: int, length: int) -
     row = find_region(regions, first, count, gpa)
     if row < 0:
         return 0
-    offset = gpa - int(regions[row]["gpa"])
-    if length > int(regions[row]["size"]) - offset:
+    region = region_at(regions, row)
+    offset = gpa - int(region["gpa"])
+    if length > int(region["size"]) - offset:
         return 0
-    return int(regions[row]["addr"]) + offset
+    return int(region["addr"]) + offset
 
 
 @jit
 def append_pieces(
-    regions: Records,
+    regions: int,
     first: int,
     count: int,
     gpa: int,
     length: int,
-    segments: Records,
+    segments: int,
     used: int,
     room: int,
 ) -> int:
@@ -67,10 +70,12 @@ def append_pieces(
             return -1
         if used >= room:
             return -2
-        offset = gpa - int(regions[row]["gpa"])
-        piece = min(length, int(regions[row]["size"]) - offset)
-        segments[used]["addr"] = int(regions[row]["addr"]) + offset
-        segments[used]["len"] = piece
+        region = region_at(regions, row)
+        offset = gpa - int(region["gpa"])
+        piece = min(length, int(region["size"]) - offset)
+        segment = segment_at(segments, used)
+        segment["addr"] = int(region["addr"]) + offset
+        segment["len"] = piece
         used += 1
         gpa += piece
         length -= piece

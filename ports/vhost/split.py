@@ -37,11 +37,9 @@ from ports.burst import (
     MIN_FRAME,
     TOO_LONG,
     TOO_SHORT,
-    Scratch,
 )
 from ports.native import (
     Record,
-    Records,
     copy_bytes,
     eventfd_signal,
     fence,
@@ -79,6 +77,7 @@ from ports.vhost.virtio import (
     USED_IDX,
     USED_RING,
 )
+from ports.views import frame_at, region_at, segment_at
 
 # A descriptor is read as two words: the address, then len | flags << 32 | next << 48.
 _LEN_MASK = 0xFFFFFFFF
@@ -121,9 +120,7 @@ def resync(ring: Record) -> None:
 
 
 @jit
-def take(
-    ring: Record, port: Record, regions: Records, scratch: Scratch, calls: Record
-) -> int:
+def take(ring: Record, port: Record, ctx: Record, calls: Record) -> int:
     """Take up to a burst of offered chains and describe them; return how many.
 
     Used elements are written here, while the heads are at hand; `release` makes them
@@ -147,7 +144,8 @@ def take(
     header_len = int(ring["header_len"])
     shortest = header_len + MIN_FRAME
     longest = header_len + MAX_FRAME
-    burst = scratch.burst
+    burst = int(ctx["burst"])
+    regions = int(ctx["regions"])
     first, count = region_rows(port)
     window_gpa = 0
     window_size = 0
@@ -165,16 +163,17 @@ def take(
         length = word & _LEN_MASK
         flags = (word >> _FLAGS_SHIFT) & 0xFFFF
         store_any_u64(used + USED_ELEM_SIZE * ((next_used + i) & mask), head)
-        frame = burst[i]
+        frame = frame_at(burst, i)
         frame["flood"] = 0
         if flags == 0 and shortest <= length <= longest:
             offset = gpa - window_gpa
             if offset < 0 or offset > window_size - length:
                 row = find_region(regions, first, count, gpa)
                 if row >= 0:
-                    window_gpa = int(regions[row]["gpa"])
-                    window_size = int(regions[row]["size"])
-                    window_addr = int(regions[row]["addr"])
+                    region = region_at(regions, row)
+                    window_gpa = int(region["gpa"])
+                    window_size = int(region["size"])
+                    window_addr = int(region["addr"])
                     offset = gpa - window_gpa
             if 0 <= offset <= window_size - length:
                 addr = window_addr + offset + header_len
@@ -184,9 +183,7 @@ def take(
                 frame["length"] = length - header_len
                 frame["segments"] = 1
                 continue
-        n_segments = _take_chain(
-            ring, regions, first, count, gpa, word, scratch, i, n_segments
-        )
+        n_segments = _take_chain(ring, ctx, first, count, gpa, word, i, n_segments)
     ring["next_avail"] = (next_avail + n) & 0xFFFF
     ring["next_used"] = (next_used + n) & 0xFFFF
     return n
@@ -207,12 +204,11 @@ def asks_for_offload(frame: Record, header_len: int) -> bool:
 @jit
 def _take_chain(
     ring: Record,
-    regions: Records,
+    ctx: Record,
     first: int,
     count: int,
     gpa: int,
     word: int,
-    scratch: Scratch,
     i: int,
     n_segments: int,
 ) -> int:
@@ -222,6 +218,8 @@ def _take_chain(
     virtio 1.2 §2.7.5.3 indirect descriptors, §2.7.4.2 message framing.
     """
     size = int(ring["size"])
+    regions = int(ctx["regions"])
+    segments = int(ctx["segments"])
     end = n_segments
     room = n_segments + MAX_SEGMENTS
     table = int(ring["desc"])  # 0: entries are looked up at `table_gpa`
@@ -252,7 +250,7 @@ def _take_chain(
         else:
             if (flags & DESC_F_WRITE) == 0:
                 end = append_pieces(
-                    regions, first, count, gpa, length, scratch.segments, end, room
+                    regions, first, count, gpa, length, segments, end, room
                 )
                 if end < 0:
                     verdict = BAD_CHAIN if end == -1 else TOO_LONG
@@ -273,11 +271,9 @@ def _take_chain(
                 break
         gpa = load_any_u64(entry)
         word = load_any_u64(entry + 8)
-    frame = scratch.burst[i]
+    frame = frame_at(int(ctx["burst"]), i)
     if verdict == 0:
-        verdict = _describe(
-            scratch, frame, i, n_segments, end, int(ring["header_len"])
-        )
+        verdict = _describe(ctx, frame, i, n_segments, end, int(ring["header_len"]))
     if verdict != 0:
         frame["length"] = verdict
         frame["segments"] = 0
@@ -287,19 +283,19 @@ def _take_chain(
 
 @jit
 def _describe(
-    scratch: Scratch, frame: Record, i: int, begin: int, end: int, header_len: int
+    ctx: Record, frame: Record, i: int, begin: int, end: int, header_len: int
 ) -> int:
     """Cut the header off the pieces [begin, end) and make them frame; 0 or a verdict.
 
     The header may be spread over any number of pieces.
     """
-    segments = scratch.segments
+    segments = int(ctx["segments"])
     total = 0
     for k in range(begin, end):
-        total += int(segments[k]["len"])
+        total += int(segment_at(segments, k)["len"])
     if total <= header_len:
         return BAD_CHAIN
-    heads = scratch.heads.ctypes.data + (i + 1) * ETH_SNAPSHOT
+    heads = int(ctx["heads"]) + (i + 1) * ETH_SNAPSHOT
     _gather(segments, begin, end, 0, heads, 2)
     if load_u16(heads) & _OFFLOAD_MASK:
         return BAD_HEADER
@@ -310,12 +306,13 @@ def _describe(
         return TOO_LONG
     _gather(segments, begin, end, header_len, heads, MIN_FRAME)
     skip = header_len
-    while skip >= int(segments[begin]["len"]):
-        skip -= int(segments[begin]["len"])
+    while skip >= int(segment_at(segments, begin)["len"]):
+        skip -= int(segment_at(segments, begin)["len"])
         begin += 1
-    segments[begin]["addr"] = int(segments[begin]["addr"]) + skip
-    segments[begin]["len"] = int(segments[begin]["len"]) - skip
-    frame["addr"] = int(segments[begin]["addr"])
+    opening = segment_at(segments, begin)
+    opening["addr"] = int(opening["addr"]) + skip
+    opening["len"] = int(opening["len"]) - skip
+    frame["addr"] = int(opening["addr"])
     frame["eth"] = heads
     frame["length"] = length
     frame["segments"] = end - begin
@@ -325,16 +322,16 @@ def _describe(
 
 @jit
 def _gather(
-    segments: Records, begin: int, end: int, skip: int, dst: int, length: int
+    segments: int, begin: int, end: int, skip: int, dst: int, length: int
 ) -> None:
     """Copy `length` bytes that start `skip` bytes into the pieces."""
     for k in range(begin, end):
-        piece = int(segments[k]["len"])
+        piece = int(segment_at(segments, k)["len"])
         if skip >= piece:
             skip -= piece
             continue
         part = min(piece - skip, length)
-        copy_bytes(dst, int(segments[k]["addr"]) + skip, part)
+        copy_bytes(dst, int(segment_at(segments, k)["addr"]) + skip, part)
         dst += part
         length -= part
         skip = 0
@@ -349,9 +346,7 @@ def release(ring: Record) -> None:
 
 
 @jit
-def put(
-    ring: Record, port: Record, regions: Records, scratch: Scratch, n: int, tally: Record
-) -> int:
+def put(ring: Record, port: Record, ctx: Record, n: int, tally: Record) -> int:
     """Copy the `n` picked frames into the ring's buffers; return how many arrived.
 
     Counts each frame under exactly one name in `tally`. The ring must be running, and
@@ -371,8 +366,9 @@ def put(
     next_used = int(ring["next_used"])
     header_len = int(ring["header_len"])
     max_frame = int(port["max_frame"])
-    burst = scratch.burst
-    picked = scratch.picked
+    burst = int(ctx["burst"])
+    regions = int(ctx["regions"])
+    picked = int(ctx["picked"])
     first, count = region_rows(port)
     window_gpa = 0
     window_size = 0
@@ -381,7 +377,7 @@ def put(
     arrived = 0
     sent_bytes = 0
     for k in range(n):
-        frame = burst[picked[k]]
+        frame = frame_at(burst, load_u64(picked + 8 * k))
         length = int(frame["length"])
         if taken == room:
             tally["tx_drop_ring_full"] += n - k
@@ -412,9 +408,10 @@ def put(
             if offset < 0 or offset > window_size - need:
                 row = find_region(regions, first, count, gpa)
                 if row >= 0:
-                    window_gpa = int(regions[row]["gpa"])
-                    window_size = int(regions[row]["size"])
-                    window_addr = int(regions[row]["addr"])
+                    region = region_at(regions, row)
+                    window_gpa = int(region["gpa"])
+                    window_size = int(region["size"])
+                    window_addr = int(region["addr"])
                     offset = gpa - window_gpa
             if 0 <= offset <= window_size - need:
                 addr = window_addr + offset
@@ -426,9 +423,7 @@ def put(
                 arrived += 1
                 sent_bytes += length
                 continue
-        got = _put_pieces(
-            ring, regions, first, count, scratch, frame, taken, room, tally
-        )
+        got = _put_pieces(ring, ctx, first, count, frame, taken, room, tally)
         if got > 0:
             taken += got
             arrived += 1
@@ -470,10 +465,9 @@ def _write_header(addr: int, header_len: int, num_buffers: int) -> None:
 @jit
 def _put_pieces(
     ring: Record,
-    regions: Records,
+    ctx: Record,
     first: int,
     count: int,
-    scratch: Scratch,
     frame: Record,
     taken: int,
     room: int,
@@ -494,7 +488,7 @@ def _put_pieces(
     need = int(frame["length"]) + header_len
     used = int(ring["used"]) + USED_RING
     next_used = int(ring["next_used"]) + taken
-    targets = scratch.targets
+    targets = int(ctx["targets"])
     end = 0
     chains = 0
     missing = need
@@ -508,13 +502,13 @@ def _put_pieces(
             _break(ring, tally)
             return _PUT_BROKEN
         before = end
-        end = _collect_targets(ring, regions, first, count, head, targets, end)
+        end = _collect_targets(ring, ctx, first, count, head, end)
         if end < 0:
             # Only the chain at our position can be handed back.
             return _PUT_BAD if chains == 0 else _PUT_TOO_LONG
         space = 0
         for k in range(before, end):
-            space += int(targets[k]["len"])
+            space += int(segment_at(targets, k)["len"])
         if space == 0 or (chains == 0 and space < header_len):
             return _PUT_BAD if chains == 0 else _PUT_TOO_LONG
         filled = min(space, missing)
@@ -522,20 +516,19 @@ def _put_pieces(
         store_any_u64(slot, head | (filled << 32))
         missing -= filled
         chains += 1
-    header = scratch.heads.ctypes.data
+    header = int(ctx["heads"])
     _write_header(header, header_len, chains)
-    _scatter(scratch, frame, header, header_len)
+    _scatter(ctx, frame, header, header_len)
     return chains
 
 
 @jit
 def _collect_targets(
     ring: Record,
-    regions: Records,
+    ctx: Record,
     first: int,
     count: int,
     head: int,
-    targets: Records,
     end: int,
 ) -> int:
     """Append the writable pieces of a chain to `targets`; rows in use, or -1 if bad.
@@ -543,6 +536,8 @@ def _collect_targets(
     A readable descriptor in a receive chain is an error: we never write into it.
     """
     size = int(ring["size"])
+    regions = int(ctx["regions"])
+    targets = int(ctx["targets"])
     table = int(ring["desc"])
     table_gpa = 0
     table_len = size
@@ -590,13 +585,13 @@ def _collect_targets(
 
 
 @jit
-def _scatter(scratch: Scratch, frame: Record, header: int, header_len: int) -> None:
+def _scatter(ctx: Record, frame: Record, header: int, header_len: int) -> None:
     """Copy the header, then the frame's pieces, into the collected targets."""
-    targets = scratch.targets
-    segments = scratch.segments
+    targets = int(ctx["targets"])
+    segments = int(ctx["segments"])
     target = 0
-    at = int(targets[0]["addr"])
-    left = int(targets[0]["len"])
+    at = int(segment_at(targets, 0)["addr"])
+    left = int(segment_at(targets, 0)["len"])
     pieces = int(frame["segments"])
     begin = int(frame["first_segment"])
     for k in range(-1, pieces):
@@ -605,13 +600,13 @@ def _scatter(scratch: Scratch, frame: Record, header: int, header_len: int) -> N
         elif pieces == 1:
             src, length = int(frame["addr"]), int(frame["length"])
         else:
-            src = int(segments[begin + k]["addr"])
-            length = int(segments[begin + k]["len"])
+            src = int(segment_at(segments, begin + k)["addr"])
+            length = int(segment_at(segments, begin + k)["len"])
         while length > 0:
             while left == 0:
                 target += 1
-                at = int(targets[target]["addr"])
-                left = int(targets[target]["len"])
+                at = int(segment_at(targets, target)["addr"])
+                left = int(segment_at(targets, target)["len"])
             part = min(left, length)
             copy_bytes(at, src, part)
             at += part

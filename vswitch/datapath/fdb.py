@@ -20,7 +20,6 @@ from typing import Final
 from ports.base import PORT
 from ports.native import (
     Record,
-    Records,
     add_u64,
     jit,
     load_acquire_u64,
@@ -34,6 +33,8 @@ from ports.native import (
     store_u64,
     swap_if_u32,
 )
+from ports.views import port_at
+from vswitch.datapath.views import header_at, tally_at
 from vswitch.records import (
     FDB,
     FDB_BUCKETS,
@@ -42,7 +43,6 @@ from vswitch.records import (
     FDB_STAMP_SHIFT,
     FDB_STATIC,
     FDB_WAYS,
-    Shared,
 )
 
 _BUCKET_SIZE: Final = FDB.itemsize
@@ -62,10 +62,10 @@ CONTROL: Final = 1 << 16
 
 
 @jit
-def bucket_of(fdb: Records, seed: int, key: int) -> int:
+def bucket_of(fdb: int, seed: int, key: int) -> int:
     """Address of the only bucket that may hold `key`."""
     index = ((key * seed) >> _HASH_SHIFT) & _HASH_MASK
-    return int(fdb.ctypes.data) + index * _BUCKET_SIZE
+    return fdb + index * _BUCKET_SIZE
 
 
 @jit
@@ -85,15 +85,15 @@ def lookup(bucket: int, key: int, now_s: int, ageing_s: int) -> int:
 
 @jit
 def learn(
-    shared: Shared, key: int, port: int, worker: int, now_s: int, tally: Record
+    ctx: Record, key: int, port: int, worker: int, now_s: int, tally: Record
 ) -> None:
     """Note that `key` was seen on `port` at `now_s`.
 
     Static entries stay where they are. Counts what happened in `tally`.
     """
-    header = shared.header[0]
+    header = header_at(int(ctx["header"]), 0)
     ageing_s = int(header["ageing_s"])
-    bucket = bucket_of(shared.fdb, int(header["hash_seed"]), key)
+    bucket = bucket_of(int(ctx["fdb"]), int(header["hash_seed"]), key)
     value = port | ((now_s & FDB_STAMP_MASK) << FDB_STAMP_SHIFT)
     if not _lock(bucket, worker + 1):
         return  # the next frame tries again
@@ -105,16 +105,16 @@ def learn(
             store_u32(bucket + _VALUES + 4 * way, value)
             if old_port != port:
                 tally["fdb_moved"] += 1
-                _count(shared.ports, old_port, -1)
-                _count(shared.ports, port, 1)
+                _count(int(ctx["ports"]), old_port, -1)
+                _count(int(ctx["ports"]), port, 1)
     else:
-        _insert(shared, bucket, key, value, port, now_s, ageing_s, tally)
+        _insert(ctx, bucket, key, value, port, now_s, ageing_s, tally)
     store_release_u32(bucket + _LOCK, 0)
 
 
 @jit
 def _insert(
-    shared: Shared,
+    ctx: Record,
     bucket: int,
     key: int,
     value: int,
@@ -124,21 +124,21 @@ def _insert(
     tally: Record,
 ) -> None:
     """Find a place for a new learned key; the bucket is locked."""
-    limit = int(shared.ports[port]["max_addresses"])
-    own = load_u64(_addresses(shared.ports, port))
+    limit = int(port_at(int(ctx["ports"]), port)["max_addresses"])
+    own = load_u64(_addresses(int(ctx["ports"]), port))
     way = _place(bucket, port, own >= limit, now_s, ageing_s)
     if way < 0:
         tally["fdb_refused"] += 1
         return
     if load_u64(bucket + 8 * way) != 0:
         old = load_u32(bucket + _VALUES + 4 * way)
-        _count(shared.ports, old & FDB_PORT_MASK, -1)
+        _count(int(ctx["ports"]), old & FDB_PORT_MASK, -1)
         if _is_expired(old, now_s, ageing_s):
             tally["fdb_expired"] += 1
         else:
             tally["fdb_evicted"] += 1
     _write(bucket, way, key, value)
-    _count(shared.ports, port, 1)
+    _count(int(ctx["ports"]), port, 1)
     tally["fdb_learned"] += 1
 
 
@@ -196,9 +196,11 @@ def _oldest(bucket: int, port: int, now_s: int) -> int:
 
 
 @jit
-def set_static(shared: Shared, key: int, port: int) -> int:
+def set_static(ctx: Record, key: int, port: int) -> int:
     """Pin `key` to `port`; 1, or 0 where the bucket is full of static entries."""
-    bucket = bucket_of(shared.fdb, int(shared.header[0]["hash_seed"]), key)
+    bucket = bucket_of(
+        int(ctx["fdb"]), int(header_at(int(ctx["header"]), 0)["hash_seed"]), key
+    )
     if not _lock(bucket, CONTROL):
         return 0
     way = _find(bucket, key)
@@ -209,86 +211,87 @@ def set_static(shared: Shared, key: int, port: int) -> int:
         if way < 0 and (value & FDB_STATIC) == 0:
             way = candidate
     if way >= 0:
-        _uncount(shared, bucket, way)
+        _uncount(ctx, bucket, way)
         _write(bucket, way, key, port | FDB_STATIC)
     store_release_u32(bucket + _LOCK, 0)
     return int(way >= 0)
 
 
 @jit
-def remove(shared: Shared, key: int) -> int:
+def remove(ctx: Record, key: int) -> int:
     """Forget `key`, learned or static; the number of entries removed."""
-    bucket = bucket_of(shared.fdb, int(shared.header[0]["hash_seed"]), key)
+    bucket = bucket_of(
+        int(ctx["fdb"]), int(header_at(int(ctx["header"]), 0)["hash_seed"]), key
+    )
     if not _lock(bucket, CONTROL):
         return 0
     way = _find(bucket, key)
     if way >= 0:
-        _clear(shared, bucket, way)
+        _clear(ctx, bucket, way)
     store_release_u32(bucket + _LOCK, 0)
     return int(way >= 0)
 
 
 @jit
-def flush_port(shared: Shared, port: int, also_static: int) -> int:
+def flush_port(ctx: Record, port: int, also_static: int) -> int:
     """Forget what is behind `port`; the number of entries removed."""
     removed = 0
     for index in range(FDB_BUCKETS):
-        bucket = int(shared.fdb.ctypes.data) + index * _BUCKET_SIZE
+        bucket = int(ctx["fdb"]) + index * _BUCKET_SIZE
         if _owned_in_all(bucket, port) == 0 or not _lock(bucket, CONTROL):
             continue
         for way in range(FDB_WAYS):
             value = load_u32(bucket + _VALUES + 4 * way)
             mine = load_u64(bucket + 8 * way) != 0 and (value & FDB_PORT_MASK) == port
             if mine and (also_static != 0 or (value & FDB_STATIC) == 0):
-                _clear(shared, bucket, way)
+                _clear(ctx, bucket, way)
                 removed += 1
         store_release_u32(bucket + _LOCK, 0)
     return removed
 
 
 @jit
-def flush_learned(shared: Shared) -> int:
+def flush_learned(ctx: Record) -> int:
     """Forget every learned entry; the number of entries removed."""
     removed = 0
     for index in range(FDB_BUCKETS):
-        bucket = int(shared.fdb.ctypes.data) + index * _BUCKET_SIZE
+        bucket = int(ctx["fdb"]) + index * _BUCKET_SIZE
         if _is_empty(bucket) or not _lock(bucket, CONTROL):
             continue
         for way in range(FDB_WAYS):
             value = load_u32(bucket + _VALUES + 4 * way)
             if load_u64(bucket + 8 * way) != 0 and (value & FDB_STATIC) == 0:
-                _clear(shared, bucket, way)
+                _clear(ctx, bucket, way)
                 removed += 1
         store_release_u32(bucket + _LOCK, 0)
     return removed
 
 
 @jit
-def expire(
-    shared: Shared, begin: int, count: int, worker: int, now_s: int, counters: Records
-) -> int:
+def expire(ctx: Record, begin: int, count: int, worker: int, now_s: int) -> int:
     """Clear expired entries of `count` buckets from `begin`; the bucket to go on with."""
-    ageing_s = int(shared.header[0]["ageing_s"])
+    ageing_s = int(header_at(int(ctx["header"]), 0)["ageing_s"])
     for step in range(count):
         index = (begin + step) & _HASH_MASK
-        bucket = int(shared.fdb.ctypes.data) + index * _BUCKET_SIZE
+        bucket = int(ctx["fdb"]) + index * _BUCKET_SIZE
         if not _has_expired(bucket, now_s, ageing_s) or not _lock(bucket, worker + 1):
             continue
         for way in range(FDB_WAYS):
             value = load_u32(bucket + _VALUES + 4 * way)
             if load_u64(bucket + 8 * way) != 0 and _is_expired(value, now_s, ageing_s):
-                counters[worker, value & FDB_PORT_MASK]["fdb_expired"] += 1
-                _clear(shared, bucket, way)
+                tally = tally_at(ctx, worker, value & FDB_PORT_MASK)
+                tally["fdb_expired"] += 1
+                _clear(ctx, bucket, way)
         store_release_u32(bucket + _LOCK, 0)
     return (begin + count) & _HASH_MASK
 
 
 @jit
-def free_locks(shared: Shared, dead: int) -> int:
+def free_locks(ctx: Record, dead: int) -> int:
     """Free the locks of a worker that died; how many there were."""
     freed = 0
     for index in range(FDB_BUCKETS):
-        lock = int(shared.fdb.ctypes.data) + index * _BUCKET_SIZE + _LOCK
+        lock = int(ctx["fdb"]) + index * _BUCKET_SIZE + _LOCK
         if load_u32(lock) == dead + 1:
             store_release_u32(lock, 0)
             freed += 1
@@ -339,26 +342,26 @@ def _write(bucket: int, way: int, key: int, value: int) -> None:
 
 
 @jit
-def _clear(shared: Shared, bucket: int, way: int) -> None:
-    _uncount(shared, bucket, way)
+def _clear(ctx: Record, bucket: int, way: int) -> None:
+    _uncount(ctx, bucket, way)
     store_u64(bucket + 8 * way, 0)
 
 
 @jit
-def _uncount(shared: Shared, bucket: int, way: int) -> None:
+def _uncount(ctx: Record, bucket: int, way: int) -> None:
     """Take a way that is about to go off its port's account."""
     value = load_u32(bucket + _VALUES + 4 * way)
     if load_u64(bucket + 8 * way) != 0 and (value & FDB_STATIC) == 0:
-        _count(shared.ports, value & FDB_PORT_MASK, -1)
+        _count(int(ctx["ports"]), value & FDB_PORT_MASK, -1)
 
 
 @jit
-def _addresses(ports: Records, port: int) -> int:
-    return int(ports.ctypes.data) + port * _PORT_SIZE + _ADDRESSES
+def _addresses(ports: int, port: int) -> int:
+    return ports + port * _PORT_SIZE + _ADDRESSES
 
 
 @jit
-def _count(ports: Records, port: int, change: int) -> None:
+def _count(ports: int, port: int, change: int) -> None:
     add_u64(_addresses(ports, port), change)
 
 

@@ -12,8 +12,9 @@ virtio-net has no frame check sequence and neither have we: a frame is forwarded
 from typing import Final
 
 from ports import dispatch
-from ports.burst import BAD_CHAIN, BAD_HEADER, TOO_LONG, TOO_SHORT, Scratch
-from ports.native import Record, jit
+from ports.burst import BAD_CHAIN, BAD_HEADER, TOO_LONG, TOO_SHORT
+from ports.native import Record, jit, load_u64, store_u64
+from ports.views import frame_at, port_at
 from vswitch.datapath import fdb
 from vswitch.datapath.ethernet import (
     is_group,
@@ -21,7 +22,7 @@ from vswitch.datapath.ethernet import (
     read_destination,
     read_source,
 )
-from vswitch.records import Shared
+from vswitch.datapath.views import header_at, tally_at
 
 # FRAME.egress below zero.
 FLOOD: Final = -1
@@ -31,37 +32,36 @@ _NO_KEY: Final = 0
 
 
 @jit
-def forward_burst(
-    shared: Shared, scratch: Scratch, worker: int, ring: Record, n: int, now_s: int
-) -> None:
+def forward_burst(ctx: Record, worker: int, ring: Record, n: int, now_s: int) -> None:
     """Send the first `n` frames of the burst, which came in by `ring`, on their way."""
     ingress = int(ring["port"])
-    flooded = decide(shared, scratch, worker, ring, n, now_s)
+    n_egresses, flooded = decide(ctx, worker, ring, n, now_s)
     if flooded == 0:
-        _send_lists(shared, scratch, worker, scratch.egresses[-1])
+        _send_lists(ctx, worker, n_egresses)
     else:
-        _send_to_all(shared, scratch, worker, ingress, n)
+        _send_to_all(ctx, worker, ingress, n)
 
 
 @jit
 def decide(
-    shared: Shared, scratch: Scratch, worker: int, ring: Record, n: int, now_s: int
-) -> int:
+    ctx: Record, worker: int, ring: Record, n: int, now_s: int
+) -> tuple[int, int]:
     """Give each frame an egress; build each egress port's list; count what is dropped.
 
-    `scratch.egresses` lists the ports with frames, its last element how many there are.
-
     Returns:
-        How many frames are to be flooded.
+        How many ports have a list, and how many frames are to be flooded.
     """
-    header = shared.header[0]
+    header = header_at(int(ctx["header"]), 0)
     ageing_s = int(header["ageing_s"])
     seed = int(header["hash_seed"])
     forward_reserved = int(header["forward_reserved"])
     ingress = int(ring["port"])
     header_len = int(ring["header_len"])
-    tally = shared.counters[worker, ingress]
-    burst = scratch.burst
+    tally = tally_at(ctx, worker, ingress)
+    burst = int(ctx["burst"])
+    first = int(ctx["first"])
+    last = int(ctx["last"])
+    egresses = int(ctx["egresses"])
     last_src = int(ring["last_src"])
     learned_s = int(ring["last_src_s"])
     last_dst = _NO_KEY
@@ -71,7 +71,7 @@ def decide(
     forwarded = 0
     flooded = 0
     for i in range(n):
-        frame = burst[i]
+        frame = frame_at(burst, i)
         length = int(frame["length"])
         if length < 0:
             frame["egress"] = DROP
@@ -90,7 +90,7 @@ def decide(
                 frame["egress"] = DROP
                 tally["rx_drop_bad_source"] += 1
                 continue
-            fdb.learn(shared, src, ingress, worker, now_s, tally)
+            fdb.learn(ctx, src, ingress, worker, now_s, tally)
             last_src = src
             learned_s = now_s
         if is_group(dst):
@@ -103,7 +103,7 @@ def decide(
             egress = last_egress
         else:
             egress = fdb.lookup(
-                fdb.bucket_of(shared.fdb, seed, dst), dst, now_s, ageing_s
+                fdb.bucket_of(int(ctx["fdb"]), seed, dst), dst, now_s, ageing_s
             )
             if egress == fdb.NOT_FOUND:
                 egress = FLOOD
@@ -120,21 +120,20 @@ def decide(
         frame["egress"] = egress
         frame["next"] = _NO_FRAME
         forwarded += 1
-        if scratch.first[egress] == _NO_FRAME:
-            scratch.first[egress] = i
-            scratch.egresses[n_egresses] = egress
+        if load_u64(first + 8 * egress) == _NO_FRAME:
+            store_u64(first + 8 * egress, i)
+            store_u64(egresses + 8 * n_egresses, egress)
             n_egresses += 1
         else:
-            burst[scratch.last[egress]]["next"] = i
-        scratch.last[egress] = i
-    scratch.egresses[-1] = n_egresses
+            frame_at(burst, load_u64(last + 8 * egress))["next"] = i
+        store_u64(last + 8 * egress, i)
     ring["last_src"] = last_src
     ring["last_src_s"] = learned_s
     tally["rx_frames"] += n
     tally["rx_bytes"] += n_bytes
     tally["rx_forwarded"] += forwarded
     tally["rx_flooded"] += flooded
-    return flooded
+    return n_egresses, flooded
 
 
 @jit
@@ -150,54 +149,42 @@ def _count_malformed(tally: Record, verdict: int) -> None:
 
 
 @jit
-def _send_lists(shared: Shared, scratch: Scratch, worker: int, n_egresses: int) -> None:
+def _send_lists(ctx: Record, worker: int, n_egresses: int) -> None:
     """Send every egress port's list, in the order in which the ports came up."""
+    burst = int(ctx["burst"])
+    picked = int(ctx["picked"])
     for at in range(n_egresses):
-        egress = scratch.egresses[at]
+        egress = load_u64(int(ctx["egresses"]) + 8 * at)
+        first = int(ctx["first"]) + 8 * egress
         n = 0
-        i = scratch.first[egress]
+        i = load_u64(first)
         while i != _NO_FRAME:
-            scratch.picked[n] = i
+            store_u64(picked + 8 * n, i)
             n += 1
-            i = int(scratch.burst[i]["next"])
-        scratch.first[egress] = _NO_FRAME
-        _transmit(shared, scratch, worker, egress, n)
+            i = int(frame_at(burst, i)["next"])
+        store_u64(first, _NO_FRAME)
+        dispatch.transmit(ctx, egress, worker, n, tally_at(ctx, worker, egress))
 
 
 @jit
-def _send_to_all(
-    shared: Shared, scratch: Scratch, worker: int, ingress: int, n: int
-) -> None:
+def _send_to_all(ctx: Record, worker: int, ingress: int, n: int) -> None:
     """Send to each port its own frames and the flooded ones, in order of arrival.
 
     A port that is not up gets no flooded frames, and none are counted for it.
     """
-    for egress in range(int(shared.header[0]["port_slots"])):
-        listed = scratch.first[egress] != _NO_FRAME
-        scratch.first[egress] = _NO_FRAME
-        floods = egress != ingress and int(shared.ports[egress]["up"]) != 0
+    picked = int(ctx["picked"])
+    for egress in range(int(header_at(int(ctx["header"]), 0)["port_slots"])):
+        first = int(ctx["first"]) + 8 * egress
+        listed = load_u64(first) != _NO_FRAME
+        store_u64(first, _NO_FRAME)
+        up = int(port_at(int(ctx["ports"]), egress)["up"]) != 0
+        floods = egress != ingress and up
         if not listed and not floods:
             continue
         picks = 0
         for i in range(n):
-            to = int(scratch.burst[i]["egress"])
+            to = int(frame_at(int(ctx["burst"]), i)["egress"])
             if to == egress or (floods and to == FLOOD):
-                scratch.picked[picks] = i
+                store_u64(picked + 8 * picks, i)
                 picks += 1
-        _transmit(shared, scratch, worker, egress, picks)
-
-
-@jit
-def _transmit(
-    shared: Shared, scratch: Scratch, worker: int, egress: int, n: int
-) -> None:
-    dispatch.transmit(
-        shared.ports,
-        shared.rings,
-        shared.regions,
-        scratch,
-        egress,
-        worker,
-        n,
-        shared.counters[worker, egress],
-    )
+        dispatch.transmit(ctx, egress, worker, picks, tally_at(ctx, worker, egress))

@@ -13,30 +13,30 @@ import numpy as np
 
 from ports import dispatch
 from ports.base import KIND_VHOST_USER, RING_RUNNING, RING_STARTING, RINGS_PER_PORT
-from ports.burst import Scratch, make_scratch
-from ports.native import Records, jit, pause, rdtsc
+from ports.burst import CONTEXT, make_scratch
+from ports.native import Record, Records, jit, pause, rdtsc
 from ports.vhost import split
+from ports.views import port_at, ring_at
 from vswitch.datapath import fdb, forward
+from vswitch.datapath.views import header_at, tally_at, worker_at
 from vswitch.records import Shared
-
-__all__ = [
-    "ask_for_kicks",
-    "expire",
-    "make_scratch",
-    "poll_turn",
-    "repair_rings",
-    "start_rings",
-    "stop_kicks",
-]
 
 # An idle turn ends after this part of the budget, so that idling is noticed early.
 _IDLE_PART: Final = 8
 
 
+def make_context(shared: Shared) -> tuple[Record, object]:
+    """A worker's CONTEXT, and what has to stay alive as long as it is used."""
+    scratch = make_scratch()
+    context = np.zeros(1, CONTEXT)
+    for name, array in (shared._asdict() | scratch).items():
+        context[0][name] = array.ctypes.data
+    return context[0], (context, shared, scratch)
+
+
 @jit
 def poll_turn(
-    shared: Shared,
-    scratch: Scratch,
+    ctx: Record,
     worker: int,
     polled: Records,
     now_s: int,
@@ -58,7 +58,7 @@ def poll_turn(
     while True:
         moved = 0
         for at in range(polled.size):
-            moved += _serve(shared, scratch, worker, polled[at], now_s)
+            moved += _serve(ctx, worker, polled[at], now_s)
         rounds += 1
         now = rdtsc()
         if moved > 0:
@@ -70,7 +70,7 @@ def poll_turn(
         spent = now - begin
         if spent >= budget or (frames == 0 and spent >= budget // _IDLE_PART):
             break
-    record = shared.workers[worker]
+    record = worker_at(int(ctx["workers"]), worker)
     record["turns"] += 1
     record["polls"] += rounds
     record["frames"] += frames
@@ -80,21 +80,19 @@ def poll_turn(
 
 
 @jit
-def _serve(
-    shared: Shared, scratch: Scratch, worker: int, index: int, now_s: int
-) -> int:
+def _serve(ctx: Record, worker: int, index: int, now_s: int) -> int:
     """Move one burst from ring `index`; return its frames."""
-    ring = shared.rings[index]
+    ring = ring_at(int(ctx["rings"]), index)
     if int(ring["state"]) != RING_RUNNING:
         return 0
     ingress = int(ring["port"])
-    port = shared.ports[ingress]
-    tally = shared.counters[worker, ingress]
-    n = dispatch.receive(ring, port, shared.regions, scratch, tally)
+    port = port_at(int(ctx["ports"]), ingress)
+    tally = tally_at(ctx, worker, ingress)
+    n = dispatch.receive(ring, port, ctx, tally)
     if n == 0:
         return 0
     if int(ring["enabled"]) != 0:
-        forward.forward_burst(shared, scratch, worker, ring, n, now_s)
+        forward.forward_burst(ctx, worker, ring, n, now_s)
     else:
         # vhost-user: a disabled ring of a running device is drained and discarded.
         tally["rx_frames"] += n
@@ -104,17 +102,22 @@ def _serve(
 
 
 @jit
-def start_rings(shared: Shared, worker: int) -> int:
+def start_rings(ctx: Record, worker: int) -> int:
     """Take up the STARTING rings that this worker owns; how many there were.
 
     Their memory is mapped in every worker before they are handed to us.
     """
     started = 0
-    for index in range(int(shared.header[0]["port_slots"]) * RINGS_PER_PORT):
-        ring = shared.rings[index]
+    for index in range(
+        int(header_at(int(ctx["header"]), 0)["port_slots"]) * RINGS_PER_PORT
+    ):
+        ring = ring_at(int(ctx["rings"]), index)
         if int(ring["state"]) != RING_STARTING or int(ring["owner"]) != worker:
             continue
-        if int(shared.ports[int(ring["port"])]["kind"]) == KIND_VHOST_USER:
+        if (
+            int(port_at(int(ctx["ports"]), int(ring["port"]))["kind"])
+            == KIND_VHOST_USER
+        ):
             split.start(ring)
         else:
             ring["state"] = RING_RUNNING
@@ -123,7 +126,7 @@ def start_rings(shared: Shared, worker: int) -> int:
 
 
 @jit
-def repair_rings(shared: Shared, dead: int, worker: int) -> int:
+def repair_rings(ctx: Record, dead: int, worker: int) -> int:
     """Make usable what worker `dead` left behind, now that `worker` owns it.
 
     A receive ring had no other user. A transmit ring may have been in the hands of a
@@ -132,13 +135,18 @@ def repair_rings(shared: Shared, dead: int, worker: int) -> int:
     Returns:
         How many rings were repaired.
     """
-    fdb.free_locks(shared, dead)
+    fdb.free_locks(ctx, dead)
     repaired = 0
-    for index in range(int(shared.header[0]["port_slots"]) * RINGS_PER_PORT):
-        ring = shared.rings[index]
+    for index in range(
+        int(header_at(int(ctx["header"]), 0)["port_slots"]) * RINGS_PER_PORT
+    ):
+        ring = ring_at(int(ctx["rings"]), index)
         if int(ring["state"]) != RING_RUNNING:
             continue
-        if int(shared.ports[int(ring["port"])]["kind"]) != KIND_VHOST_USER:
+        if (
+            int(port_at(int(ctx["ports"]), int(ring["port"]))["kind"])
+            != KIND_VHOST_USER
+        ):
             continue
         held = int(ring["lock"]) == dead + 1
         alone = int(ring["shared"]) == 0 and int(ring["owner"]) == worker
@@ -152,33 +160,35 @@ def repair_rings(shared: Shared, dead: int, worker: int) -> int:
 
 
 @jit
-def ask_for_kicks(shared: Shared, worker: int, polled: Records) -> int:
+def ask_for_kicks(ctx: Record, worker: int, polled: Records) -> int:
     """Before sleep: ask every guest to kick; the number of rings with frames waiting."""
     waiting = 0
     for at in range(polled.size):
-        ring = shared.rings[polled[at]]
+        ring = ring_at(int(ctx["rings"]), polled[at])
         if int(ring["state"]) == RING_RUNNING and int(ring["owner"]) == worker:
-            port = shared.ports[int(ring["port"])]
+            port = port_at(int(ctx["ports"]), int(ring["port"]))
             waiting += int(dispatch.ask_for_kicks(ring, port))
     return waiting
 
 
 @jit
-def stop_kicks(shared: Shared, worker: int, polled: Records) -> None:
+def stop_kicks(ctx: Record, worker: int, polled: Records) -> None:
     """After sleep: we are looking again."""
     for at in range(polled.size):
-        ring = shared.rings[polled[at]]
+        ring = ring_at(int(ctx["rings"]), polled[at])
         if int(ring["state"]) == RING_RUNNING and int(ring["owner"]) == worker:
-            dispatch.stop_kicks(ring, shared.ports[int(ring["port"])])
+            dispatch.stop_kicks(ring, port_at(int(ctx["ports"]), int(ring["port"])))
 
 
 @jit
-def expire(shared: Shared, begin: int, count: int, worker: int, now_s: int) -> int:
+def expire(ctx: Record, begin: int, count: int, worker: int, now_s: int) -> int:
     """Age out a part of the forwarding database; the bucket to go on with."""
-    return fdb.expire(shared, begin, count, worker, now_s, shared.counters)
+    return fdb.expire(ctx, begin, count, worker, now_s)
 
 
-def polled_rings(shared: Shared, worker: int) -> "np.ndarray[tuple[int], np.dtype[np.int64]]":
+def polled_rings(
+    shared: Shared, worker: int
+) -> "np.ndarray[tuple[int], np.dtype[np.int64]]":
     """Indexes of the receive rings that this worker has to poll, in order."""
     rings = shared.rings
     receives = np.arange(len(rings)) % 2 == 1

@@ -1,0 +1,13 @@
+"""Rows of the shared tables and of a burst, as jitted code sees them."""
+
+from typing import Final
+
+from ports.base import PORT, REGION, RING
+from ports.burst import FRAME, SEGMENT
+from ports.native import records_at
+
+port_at: Final = records_at(PORT)
+ring_at: Final = records_at(RING)
+region_at: Final = records_at(REGION)
+frame_at: Final = records_at(FRAME)
+segment_at: Final = records_at(SEGMENT)
