@@ -1,0 +1,1 @@
+"""Everything on the far side of a port; importable without the switch."""

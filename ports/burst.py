@@ -1,7 +1,7 @@
 """A burst: frames that were taken together and have not been given back yet.
 
 `FRAME` describes where a frame's bytes lie; nothing is copied to get here. A frame in
-one piece is `addr` and `length`; one in several pieces lists them in SEGMENT rows, which
+one piece is `addr` and `length`; one in several pieces lists them in SEGMENT rows that
 have the shape of C's struct iovec so that a tap can write them as they are.
 
 Numba-free; the records live in a worker's private memory.
@@ -41,8 +41,8 @@ FRAME: Final = np.dtype(
 
 SEGMENT: Final = np.dtype([("addr", "<i8"), ("len", "<i8")])
 
-# A tap's frames are read into our own memory: one slot a frame. The odd line keeps slots
-# of one burst from competing for the same cache sets.
+# A tap's frames are read into our own memory: one slot a frame. The odd line keeps the
+# slots of one burst from competing for the same cache sets.
 TAP_SLOT: Final = 65536 + 192
 
 

@@ -1,8 +1,8 @@
 """The only file that knows Numba, LLVM and libc.
 
-Every operation is a plain Python function (a ctypes twin) plus an overload that compiles
-to an instruction or a call, so that with NUMBA_DISABLE_JIT=1 the whole data path runs in
-the interpreter. `tests/ports/test_native.py` holds the pairs against each other.
+Every operation is a plain Python function (a ctypes twin) plus an overload that
+compiles to an instruction or a call, so that with NUMBA_DISABLE_JIT=1 the whole data
+path runs in the interpreter. `tests/ports/test_native.py` holds the pairs against each other.
 
 Memory shared with guests is touched only through these functions. Loads are atomic:
 the compiler may neither repeat nor hoist them, so a value that was checked is the value
@@ -50,7 +50,7 @@ def jit_progress() -> tuple[int, int]:
     return sum(bool(f.signatures) for f in _jitted), len(_jitted)
 
 
-# --- the instructions ----------------------------------------------------------------
+# --- the instructions ---------------------------------------------------------------
 
 _I64: Final = ir.IntType(64)
 _VOID_PTR: Final = ir.IntType(8).as_pointer()
@@ -259,7 +259,7 @@ def records_at(dtype: "np.dtype[Any]") -> Callable[[int, int], Record]:
 
     def record(table: int, row: int) -> Record:
         memory = (ctypes.c_char * size).from_address(table + row * size)
-        return cast("Record", np.frombuffer(memory, dtype)[0])
+        return cast("Record", np.frombuffer(memoryview(memory), dtype)[0])
 
     @intrinsic
     def pointer(_context: Any, addr: Any) -> Any:
@@ -269,13 +269,13 @@ def records_at(dtype: "np.dtype[Any]") -> Callable[[int, int], Record]:
         return kind(types.int64), codegen
 
     @overload(record, strict=False)
-    def _record(table: Any, row: Any) -> Any:  # noqa: ARG001 (typing only)
+    def _record(table: Any, row: Any) -> Any:
         return lambda table, row: pointer(table + row * size)
 
     return record
 
 
-# --- libc ----------------------------------------------------------------------------
+# --- libc ---------------------------------------------------------------------------
 
 _libc: Final = ctypes.CDLL(None, use_errno=True)
 _libc.mmap.restype = ctypes.c_void_p
@@ -324,7 +324,7 @@ def unmap(addr: int, length: int) -> int:
     return -ctypes.get_errno() if _libc.munmap(addr, length) else 0
 
 
-# --- what the rest of the code calls ---------------------------------------------------
+# --- what the rest of the code calls ------------------------------------------------
 
 
 def load_u8(addr: int) -> int:
@@ -516,7 +516,7 @@ def copy_bytes(dst: int, src: int, length: int) -> None:
     ctypes.memmove(dst, src, length)
 
 
-# --- overloads -------------------------------------------------------------------------
+# --- overloads ----------------------------------------------------------------------
 
 
 def _compiles_to(python: Any, native: Any, arity: int) -> None:
@@ -566,7 +566,7 @@ for _python, _native, _arity in (
 
 
 @overload(memcpy, strict=False)
-def _memcpy(dst: Any, src: Any, length: Any) -> Any:  # noqa: ARG001 (typing only)
+def _memcpy(dst: Any, src: Any, length: Any) -> Any:
     def body(dst: int, src: int, length: int) -> None:
         _c_memcpy(dst, src, length)
 
@@ -582,7 +582,7 @@ def _sched_yield() -> Any:
 
 
 @overload(eventfd_signal, strict=False)
-def _eventfd_signal(fd: Any) -> Any:  # noqa: ARG001 (typing only)
+def _eventfd_signal(fd: Any) -> Any:
     def body(fd: int) -> None:
         _c_eventfd_write(fd, 1)
 
@@ -590,7 +590,7 @@ def _eventfd_signal(fd: Any) -> Any:  # noqa: ARG001 (typing only)
 
 
 @overload(read_fd, strict=False)
-def _read_fd(fd: Any, addr: Any, length: Any) -> Any:  # noqa: ARG001 (typing only)
+def _read_fd(fd: Any, addr: Any, length: Any) -> Any:
     def body(fd: int, addr: int, length: int) -> int:
         got = _c_read(fd, addr, length)
         return got if got >= 0 else -_load_u32(_c_errno())
@@ -599,7 +599,7 @@ def _read_fd(fd: Any, addr: Any, length: Any) -> Any:  # noqa: ARG001 (typing on
 
 
 @overload(writev_fd, strict=False)
-def _writev_fd(fd: Any, iovecs: Any, count: Any) -> Any:  # noqa: ARG001 (typing only)
+def _writev_fd(fd: Any, iovecs: Any, count: Any) -> Any:
     def body(fd: int, iovecs: int, count: int) -> int:
         got = _c_writev(fd, iovecs, count)
         return got if got >= 0 else -_load_u32(_c_errno())
@@ -612,7 +612,7 @@ _SMALL_COPY: Final = 512
 
 
 @overload(copy_bytes, strict=False)
-def _copy_bytes(dst: Any, src: Any, length: Any) -> Any:  # noqa: ARG001 (typing only)
+def _copy_bytes(dst: Any, src: Any, length: Any) -> Any:
     def body(dst: int, src: int, length: int) -> None:
         if length > _SMALL_COPY:
             _c_memcpy(dst, src, length)

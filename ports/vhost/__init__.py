@@ -1,0 +1,1 @@
+"""vhost-user and virtio: the protocol behind a guest's port."""

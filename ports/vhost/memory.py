@@ -1,7 +1,7 @@
 """Guest-physical addresses to ours: the one checked door to a guest's memory.
 
-A port's memory table is a few rows of REGION. `PORT.regions` names the rows in one word,
-so a table is replaced in one store and a worker sees the old one or the new one.
+A port's memory table is a few rows of REGION. `PORT.regions` names the rows in one
+word, so a table is replaced in one store and a worker sees the old one or the new one.
 """
 
 from ports.native import Record, jit

@@ -617,7 +617,7 @@ def _scatter(ctx: Record, frame: Record, header: int, header_len: int) -> None:
 
 @jit
 def call(ring: Record, tally: Record) -> None:
-    """Interrupt the driver if it asked for it since the last time. virtio 1.2 §2.7.10."""
+    """Interrupt the driver if it asked for that. virtio 1.2 §2.7.10."""
     if int(ring["call_fd"]) == NO_FD:
         return
     # Pairs with the driver's fence between enabling interrupts and looking at used.idx:

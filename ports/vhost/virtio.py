@@ -31,7 +31,8 @@ AVAIL_IDX: Final = 2
 AVAIL_RING: Final = 4
 AVAIL_F_NO_INTERRUPT: Final = 1
 
-# struct virtq_used, virtio 1.2 §2.7.8: u16 flags, u16 idx, {u32 id, u32 len}[N], u16 avail_event
+# struct virtq_used, virtio 1.2 §2.7.8: u16 flags, u16 idx, {u32 id, u32 len}[N],
+# u16 avail_event
 USED_FLAGS: Final = 0
 USED_IDX: Final = 2
 USED_RING: Final = 4

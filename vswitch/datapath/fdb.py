@@ -269,7 +269,7 @@ def flush_learned(ctx: Record) -> int:
 
 @jit
 def expire(ctx: Record, begin: int, count: int, worker: int, now_s: int) -> int:
-    """Clear expired entries of `count` buckets from `begin`; the bucket to go on with."""
+    """Clear expired entries of `count` buckets; the bucket to go on with."""
     ageing_s = int(header_at(int(ctx["header"]), 0)["ageing_s"])
     for step in range(count):
         index = (begin + step) & _HASH_MASK
@@ -319,10 +319,10 @@ def _owned_in_all(bucket: int, port: int) -> int:
 
 @jit
 def _is_empty(bucket: int) -> bool:
+    keys = 0
     for way in range(FDB_WAYS):
-        if load_u64(bucket + 8 * way) != 0:
-            return False
-    return True
+        keys |= load_u64(bucket + 8 * way)
+    return keys == 0
 
 
 @jit
@@ -335,7 +335,7 @@ def _find(bucket: int, key: int) -> int:
 
 @jit
 def _write(bucket: int, way: int, key: int, value: int) -> None:
-    """Replace a way. Pairs with `lookup`: no reader sees a key beside a foreign value."""
+    """Replace a way. Pairs with `lookup`: a key never stands beside a foreign value."""
     store_release_u64(bucket + 8 * way, 0)
     store_release_u32(bucket + _VALUES + 4 * way, value)
     store_release_u64(bucket + 8 * way, key)

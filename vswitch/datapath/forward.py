@@ -1,7 +1,7 @@
 """Decide where the frames of a burst go, then send them port by port.
 
-Two passes on purpose: the first reads each frame's addresses and gives it an egress port
-or a verdict; the second copies all frames for one egress with that port's state in
+Two passes on purpose: the first reads each frame's addresses and gives it an egress
+port or a verdict; the second copies all frames for one egress with that port's state in
 registers and publishes them with one store. A flooded frame is one more copy in every
 port's list, in its place among the others, so a pair of stations never sees frames
 reordered.

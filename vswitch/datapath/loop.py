@@ -161,7 +161,7 @@ def repair_rings(ctx: Record, dead: int, worker: int) -> int:
 
 @jit
 def ask_for_kicks(ctx: Record, worker: int, polled: Records) -> int:
-    """Before sleep: ask every guest to kick; the number of rings with frames waiting."""
+    """Before sleep: ask every guest to kick; the number of rings with frames."""
     waiting = 0
     for at in range(polled.size):
         ring = ring_at(int(ctx["rings"]), polled[at])
