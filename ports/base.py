@@ -60,11 +60,7 @@ RING: Final = np.dtype(
         ("next_avail", "<i8"),  # free-running, modulo 2**16
         ("next_used", "<i8"),
         ("signalled_used", "<i8"),  # next_used at the last call check; -1: call first
-        ("last_src", "<i8"),  # last source key learned, saves a lookup
-        ("last_src_s", "<i8"),  # second in which that was
-        ("last_dst", "<i8"),
-        ("last_dst_port", "<i8"),
-        ("data_pad", "<i8", (8,)),
+        ("data_pad", "<i8", (12,)),
     ]
 )
 

@@ -95,8 +95,11 @@ def learn(
     ageing_s = int(header["ageing_s"])
     bucket = bucket_of(int(ctx["fdb"]), int(header["hash_seed"]), key)
     value = port | ((now_s & FDB_STAMP_MASK) << FDB_STAMP_SHIFT)
+    way = _find(bucket, key)
+    if way >= 0 and load_u32(bucket + _VALUES + 4 * way) == value:
+        return  # the common case, without a lock
     if not _lock(bucket, worker + 1):
-        return  # the next frame tries again
+        return  # the next burst tries again
     way = _find(bucket, key)
     if way >= 0:
         old = load_u32(bucket + _VALUES + 4 * way)

@@ -62,8 +62,7 @@ def decide(
     first = int(ctx["first"])
     last = int(ctx["last"])
     egresses = int(ctx["egresses"])
-    last_src = int(ring["last_src"])
-    learned_s = int(ring["last_src_s"])
+    last_src = _NO_KEY
     last_dst = _NO_KEY
     last_egress = DROP
     n_egresses = 0
@@ -85,14 +84,13 @@ def decide(
             frame["egress"] = DROP
             tally["rx_drop_bad_header"] += 1
             continue
-        if src != last_src or now_s != learned_s:
-            if src == _NO_KEY or is_group(src):
-                frame["egress"] = DROP
-                tally["rx_drop_bad_source"] += 1
-                continue
+        if src == _NO_KEY or is_group(src):
+            frame["egress"] = DROP
+            tally["rx_drop_bad_source"] += 1
+            continue
+        if src != last_src:
             fdb.learn(ctx, src, ingress, worker, now_s, tally)
             last_src = src
-            learned_s = now_s
         if is_group(dst):
             if forward_reserved == 0 and is_reserved(dst):
                 frame["egress"] = DROP
@@ -127,8 +125,6 @@ def decide(
         else:
             frame_at(burst, load_u64(last + 8 * egress))["next"] = i
         store_u64(last + 8 * egress, i)
-    ring["last_src"] = last_src
-    ring["last_src_s"] = learned_s
     tally["rx_frames"] += n
     tally["rx_bytes"] += n_bytes
     tally["rx_forwarded"] += forwarded
