@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 
 from tests.datapath.conftest import Plane, make_shared
 from vswitch.datapath import fdb, loop
+from vswitch.records import FDB_BUCKETS
 
 AGEING_S = 300
 
@@ -60,10 +61,10 @@ def test_flushing_a_port_leaves_the_others(plane):
     for key in range(1, 101):
         learn(plane, key, key % 2)
     fdb.set_static(plane.ctx, 1000, 1)
-    assert fdb.flush_port(plane.ctx, 1, 1) == 51
+    assert fdb.flush(plane.ctx, 1, 1, 0, FDB_BUCKETS) == 51
     assert [lookup(plane, key) for key in (1, 1000, 2)] == [-1, -1, 0]
     assert addresses(plane, 1) == 0
-    assert fdb.flush_learned(plane.ctx) == 50
+    assert fdb.flush(plane.ctx, -1, 0, 0, FDB_BUCKETS) == 50
     assert addresses(plane, 0) == 0
 
 
@@ -160,7 +161,7 @@ def test_it_behaves_like_a_dict(reused, operations):
             fdb.remove(reused.ctx, number)
             model.pop(number, None)
         elif operation == "flush":
-            fdb.flush_port(reused.ctx, port, 1)
+            fdb.flush(reused.ctx, port, 1, 0, FDB_BUCKETS)
             model = {k: v for k, v in model.items() if v[0] != port}
         else:
             now_s += number

@@ -55,6 +55,7 @@ _PORT_SIZE: Final = PORT.itemsize
 _ADDRESSES: Final = PORT.fields["addresses"][1] if PORT.fields else 0
 
 NOT_FOUND: Final = -1
+_NO_KEY: Final = 0
 _SPINS_BEFORE_YIELD: Final = 256
 _MAX_SPINS: Final = 1 << 14
 # Whose lock it is when no worker number is at hand: control operations.
@@ -236,34 +237,23 @@ def remove(ctx: Record, key: int) -> int:
 
 
 @jit
-def flush_port(ctx: Record, port: int, also_static: int) -> int:
-    """Forget what is behind `port`; the number of entries removed."""
-    removed = 0
-    for index in range(FDB_BUCKETS):
-        bucket = int(ctx["fdb"]) + index * _BUCKET_SIZE
-        if _owned_in_all(bucket, port) == 0 or not _lock(bucket, CONTROL):
-            continue
-        for way in range(FDB_WAYS):
-            value = load_u32(bucket + _VALUES + 4 * way)
-            mine = load_u64(bucket + 8 * way) != 0 and (value & FDB_PORT_MASK) == port
-            if mine and (also_static != 0 or (value & FDB_STATIC) == 0):
-                _clear(ctx, bucket, way)
-                removed += 1
-        store_release_u32(bucket + _LOCK, 0)
-    return removed
+def flush(ctx: Record, port: int, also_static: int, begin: int, count: int) -> int:
+    """Forget what is behind `port` (every port: -1) in `count` buckets from `begin`.
 
-
-@jit
-def flush_learned(ctx: Record) -> int:
-    """Forget every learned entry; the number of entries removed."""
+    Returns:
+        The number of entries removed.
+    """
     removed = 0
-    for index in range(FDB_BUCKETS):
+    for index in range(begin, begin + count):
         bucket = int(ctx["fdb"]) + index * _BUCKET_SIZE
         if _is_empty(bucket) or not _lock(bucket, CONTROL):
             continue
         for way in range(FDB_WAYS):
             value = load_u32(bucket + _VALUES + 4 * way)
-            if load_u64(bucket + 8 * way) != 0 and (value & FDB_STATIC) == 0:
+            meant = port < 0 or (value & FDB_PORT_MASK) == port
+            if also_static == 0 and (value & FDB_STATIC) != 0:
+                meant = False
+            if meant and load_u64(bucket + 8 * way) != _NO_KEY:
                 _clear(ctx, bucket, way)
                 removed += 1
         store_release_u32(bucket + _LOCK, 0)
@@ -308,16 +298,6 @@ def _has_expired(bucket: int, now_s: int, ageing_s: int) -> bool:
         if load_u64(bucket + 8 * way) != 0 and _is_expired(value, now_s, ageing_s):
             return True
     return False
-
-
-@jit
-def _owned_in_all(bucket: int, port: int) -> int:
-    owned = 0
-    for way in range(FDB_WAYS):
-        value = load_u32(bucket + _VALUES + 4 * way)
-        if load_u64(bucket + 8 * way) != 0:
-            owned += int((value & FDB_PORT_MASK) == port)
-    return owned
 
 
 @jit
@@ -390,3 +370,10 @@ def _lock(bucket: int, owner: int) -> bool:
         if spin % _SPINS_BEFORE_YIELD == _SPINS_BEFORE_YIELD - 1:
             sched_yield()
     return False
+
+
+def warm_up(ctx: Record) -> None:
+    """Compile the control side's operations, on nothing: key 0 is the empty one."""
+    set_static(ctx, _NO_KEY, 0)
+    remove(ctx, _NO_KEY)
+    flush(ctx, 0, 0, 0, 0)

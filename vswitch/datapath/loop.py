@@ -186,6 +186,25 @@ def expire(ctx: Record, begin: int, count: int, worker: int, now_s: int) -> int:
     return fdb.expire(ctx, begin, count, worker, now_s)
 
 
+@jit
+def read_cycles() -> int:
+    """The cycle counter that budgets and accounts are in."""
+    return rdtsc()
+
+
+def warm_up(ctx: Record, worker: int) -> None:
+    """Compile whatever a worker may call, by calling it on nothing."""
+    none = np.zeros(0, np.int64)
+    poll_turn(ctx, worker, none, 0, 1)
+    start_rings(ctx, worker)
+    repair_rings(ctx, -1, worker)
+    ask_for_kicks(ctx, worker, none)
+    stop_kicks(ctx, worker, none)
+    expire(ctx, 0, 0, worker, 0)
+    read_cycles()
+    fdb.warm_up(ctx)
+
+
 def polled_rings(
     shared: Shared, worker: int
 ) -> "np.ndarray[tuple[int], np.dtype[np.int64]]":

@@ -1,0 +1,248 @@
+"""A worker process: turns of the jitted data path, control messages between them, sleep.
+
+    python -m vswitch.worker SOCKET_FD NUMBER RUN_DIR CPU busy|adaptive IDLE_US
+
+It owns nothing: the manager tells it what to map where and which descriptors to put at
+which numbers, the shared records say which rings are its own. It exits when the manager's
+socket closes.
+
+States: polling (turn after turn) until nothing came for the idle time; then it asks the
+guests for kicks, looks once more, and sleeps in epoll on kicks, taps and the manager's
+socket. Descriptors are watched edge-triggered, so a kick is never read: each write to an
+eventfd is an edge.
+"""
+
+import gc
+import logging
+import os
+import select
+import signal
+import socket
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+
+from ports import native
+from vswitch import shared as segment
+from vswitch.control import protocol
+from vswitch.datapath import fdb, loop
+from vswitch.records import WORKER_POLLING, WORKER_SLEEPING
+
+_TURN_NS: Final = 1_000_000
+_SLEEP_S: Final = 1.0  # then the fdb ages a little
+_EXPIRE_AWAKE: Final = 128  # buckets a turn
+_EXPIRE_ASLEEP: Final = 8192
+_PROGRESS_S: Final = 0.2
+
+_log = logging.getLogger(__name__)
+
+
+class Worker:
+    """One worker: its socket, its context, its poll list."""
+
+    def __init__(
+        self,
+        sock: socket.socket,
+        number: int,
+        run_dir: Path,
+        *,
+        busy: bool,
+        idle_us: int,
+    ) -> None:
+        self._sock = sock
+        self._number = number
+        self._busy = busy
+        self._idle_ns = idle_us * 1000
+        self._shared = segment.attach(run_dir, writable=True)
+        self._record = self._shared.workers[number]
+        self._ctx, self._keep = loop.make_context(self._shared)
+        self._polled = np.zeros(0, np.int64)
+        self._watched: set[int] = set()
+        self._epoll = select.epoll()
+        self._epoll.register(sock.fileno(), select.EPOLLIN)
+        self._next_bucket = 0
+        self._send_lock = threading.Lock()
+        self._turn_cycles = 1
+        self._handlers: dict[str, Callable[..., int | None]] = {
+            "map": self._map,
+            "unmap": self._unmap,
+            "fds": self._take_fds,
+            "close": self._close_fds,
+            "sync": self._sync,
+            "fdb": self._change_fdb,
+        }
+
+    def warm_up(self) -> None:
+        """Compile everything, or load it from the cache, and say how far that is."""
+        done = threading.Event()
+        reporter = threading.Thread(target=self._report_progress, args=(done,))
+        reporter.start()
+        try:
+            loop.warm_up(self._ctx, self._number)
+        finally:
+            done.set()
+            reporter.join()
+        self._turn_cycles = _cycles_per_ns() * _TURN_NS
+        self._record["state"] = WORKER_POLLING
+        self._send(["ready"])
+
+    def run(self) -> None:
+        """Serve until the manager goes away."""
+        last_frame = time.monotonic_ns()
+        while True:
+            now_s = segment.elapsed_s(self._shared)
+            moved = loop.poll_turn(
+                self._ctx, self._number, self._polled, now_s, self._turn_cycles
+            )
+            self._age(_EXPIRE_AWAKE, now_s)
+            now = time.monotonic_ns()
+            if moved:
+                last_frame = now
+            self._handle_messages()
+            if not self._busy and now - last_frame >= self._idle_ns:
+                self._sleep()
+                last_frame = time.monotonic_ns()
+
+    def _sleep(self) -> None:
+        """Sleep until a kick, a tap's frame, a message, or a second has passed."""
+        if loop.ask_for_kicks(self._ctx, self._number, self._polled) == 0:
+            self._record["state"] = WORKER_SLEEPING
+            events = self._epoll.poll(_SLEEP_S)
+            self._record["state"] = WORKER_POLLING
+            self._record["wakeups"] += 1
+            if not events:
+                self._age(_EXPIRE_ASLEEP, segment.elapsed_s(self._shared))
+        loop.stop_kicks(self._ctx, self._number, self._polled)
+
+    def _age(self, buckets: int, now_s: int) -> None:
+        """Age the fdb; one worker is enough for that."""
+        if self._number == 0:
+            self._next_bucket = loop.expire(
+                self._ctx, self._next_bucket, buckets, self._number, now_s
+            )
+
+    def _handle_messages(self) -> None:
+        while True:
+            try:
+                message, fds = protocol.receive(self._sock)
+            except BlockingIOError:
+                return
+            except (EOFError, ConnectionError):
+                raise SystemExit(0) from None
+            word, seq, *arguments = message
+            handler = self._handlers[word]
+            result = handler(seq, *arguments, fds) if fds else handler(seq, *arguments)
+            if result is not None:
+                self._send(["ack", seq, result])
+
+    def _send(self, message: list[Any]) -> None:
+        """Send; waits for the manager, who always reads."""
+        with self._send_lock:
+            self._sock.setblocking(True)
+            protocol.send(self._sock, message)
+            self._sock.setblocking(False)
+
+    # --- what the manager asks for ---
+
+    def _map(self, _seq: int, mappings: list[list[int]], fds: list[int]) -> int:
+        for (addr, length, offset, number), fd in zip(mappings, fds, strict=True):
+            failed = native.map_fixed(addr, length, fd, offset)
+            os.dup2(fd, number, inheritable=False)
+            os.close(fd)
+            if failed:
+                return failed
+        return 0
+
+    def _unmap(self, seq: int, mappings: list[list[int]]) -> None:
+        """Unmapping a large guest outlasts a turn, so a helper thread does it."""
+
+        def unmap() -> None:
+            for addr, length, number in mappings:
+                native.unmap(addr, length)
+                os.close(number)
+            self._send(["ack", seq, 0])
+
+        threading.Thread(target=unmap).start()
+
+    def _take_fds(self, _seq: int, numbers: list[int], fds: list[int]) -> int:
+        for number, fd in zip(numbers, fds, strict=True):
+            os.dup2(fd, number, inheritable=False)
+            os.close(fd)
+        return 0
+
+    def _close_fds(self, _seq: int, numbers: list[int]) -> int:
+        for number in numbers:
+            self._unwatch(number)
+            os.close(number)
+        return 0
+
+    def _sync(self, _seq: int, dead: int) -> int:
+        if dead >= 0:
+            loop.repair_rings(self._ctx, dead, self._number)
+        loop.start_rings(self._ctx, self._number)
+        self._polled = loop.polled_rings(self._shared, self._number)
+        rings = self._shared.rings[self._polled]
+        wanted = {int(fd) for fd in rings["kick_fd"] if fd >= 0}
+        for fd in self._watched - wanted:
+            self._unwatch(fd)
+        for fd in wanted - self._watched:
+            self._epoll.register(fd, select.EPOLLIN | select.EPOLLET)
+        self._watched = wanted
+        return 0
+
+    def _unwatch(self, fd: int) -> None:
+        if fd in self._watched:
+            self._watched.discard(fd)
+            self._epoll.unregister(fd)
+
+    def _change_fdb(self, _seq: int, verb: str, arguments: list[int]) -> int:
+        changes: dict[str, Callable[..., int]] = {
+            "set": fdb.set_static,
+            "remove": fdb.remove,
+            "flush": fdb.flush,
+        }
+        return int(changes[verb](self._ctx, *arguments))
+
+    def _report_progress(self, done: threading.Event) -> None:
+        while not done.wait(_PROGRESS_S):
+            self._send(["progress", *native.jit_progress()])
+
+
+def _cycles_per_ns() -> int:
+    """The cycle counter's rate, rounded up; precise enough for a turn's budget."""
+    begin_ns, begin = time.monotonic_ns(), loop.read_cycles()
+    while time.monotonic_ns() - begin_ns < _TURN_NS:
+        pass
+    cycles = int(loop.read_cycles()) - int(begin)
+    return max(1, -(-cycles // (time.monotonic_ns() - begin_ns)))
+
+
+def main() -> None:
+    """Run a worker on the socket that the manager passed."""
+    fd, number, run_dir, cpu, poll, idle_us = sys.argv[1:]
+    logging.basicConfig(format="%(asctime)s %(name)s %(message)s", level=logging.INFO)
+    # The manager decides when we go; Ctrl-C reaches the whole foreground group.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    os.sched_setaffinity(0, {int(cpu)})
+    sock = socket.socket(fileno=int(fd))
+    worker = Worker(
+        sock, int(number), Path(run_dir), busy=poll == "busy", idle_us=int(idle_us)
+    )
+    try:
+        worker.warm_up()
+        # Nothing below makes cycles; a collection would only lengthen a turn.
+        gc.freeze()
+        gc.disable()
+        sock.setblocking(False)
+        worker.run()
+    except (BrokenPipeError, ConnectionError):
+        _log.info("worker %s: the manager is gone", number)
+
+
+if __name__ == "__main__":
+    main()
