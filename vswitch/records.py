@@ -65,7 +65,8 @@ WORKER: Final = np.dtype(
         ("busy_cycles", "<i8"),  # of rounds that moved a frame
         ("idle_cycles", "<i8"),
         ("wakeups", "<i8"),
-        ("data_pad", "<i8", (2,)),
+        ("cycles_per_s", "<i8"),  # of the cycle counter
+        ("data_pad", "<i8"),
     ]
 )
 

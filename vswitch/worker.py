@@ -87,7 +87,8 @@ class Worker:
         finally:
             done.set()
             reporter.join()
-        self._turn_cycles = _cycles_per_ns() * _TURN_NS
+        self._record["cycles_per_s"] = _cycles_per_s()
+        self._turn_cycles = int(self._record["cycles_per_s"]) * _TURN_NS // 10**9
         self._record["state"] = WORKER_POLLING
         self._send(["ready"])
 
@@ -213,13 +214,13 @@ class Worker:
             self._send(["progress", *native.jit_progress()])
 
 
-def _cycles_per_ns() -> int:
-    """The cycle counter's rate, rounded up; precise enough for a turn's budget."""
+def _cycles_per_s() -> int:
+    """The cycle counter's rate, measured over one turn."""
     begin_ns, begin = time.monotonic_ns(), loop.read_cycles()
     while time.monotonic_ns() - begin_ns < _TURN_NS:
         pass
-    cycles = int(loop.read_cycles()) - int(begin)
-    return max(1, -(-cycles // (time.monotonic_ns() - begin_ns)))
+    cycles = loop.read_cycles() - begin
+    return max(1, cycles * 10**9 // (time.monotonic_ns() - begin_ns))
 
 
 def main() -> None:

@@ -1,0 +1,16 @@
+"""What can go wrong at a port, for those who can act on it.
+
+    PortError
+      x ProtocolError     the peer broke its protocol: end that session, keep switching
+
+Texts read `what failed: what was found (what to do)` and do not name the port: whoever
+catches one knows which port it was.
+"""
+
+
+class PortError(Exception):
+    """A port cannot be opened, or cannot go on."""
+
+
+class ProtocolError(PortError):
+    """The peer sent what its protocol forbids."""

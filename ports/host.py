@@ -1,0 +1,61 @@
+"""What a port's control half needs from the switch that it is part of.
+
+The manager implements it. Everything here is awaited in the port's own task; the records
+are plain memory that workers look at, and `sync` returns when all of them have.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple, Protocol
+
+from numpy import void
+from numpy.typing import NDArray
+
+
+class Mapping(NamedTuple):
+    """A part of a file, mapped at the same address in every worker."""
+
+    addr: int
+    length: int
+    offset: int
+    number: int  # of the file's descriptor in every worker
+
+
+class Host(Protocol):
+    """The switch, as a port sees it."""
+
+    @property
+    def ports(self) -> NDArray[void]:
+        """PORT records, by slot."""
+
+    @property
+    def rings(self) -> NDArray[void]:
+        """RING records, RINGS_PER_PORT for each slot."""
+
+    @property
+    def regions(self) -> NDArray[void]:
+        """REGION records, two tables of MAX_REGIONS for each slot."""
+
+    @property
+    def several(self) -> bool:
+        """Whether several workers may transmit into one ring."""
+
+    def owner_for(self, slot: int, pair: int) -> int:
+        """The worker that is to serve a queue pair."""
+
+    async def map(self, fd: int, length: int, offset: int, alignment: int) -> Mapping:
+        """Map a part of a file in every worker. Raises OSError."""
+
+    async def unmap(self, mappings: Sequence[Mapping]) -> None:
+        """Take mappings away that nothing refers to any more."""
+
+    async def install(self, fds: Sequence[int]) -> list[int]:
+        """Give every worker duplicates of descriptors; their numbers there."""
+
+    async def uninstall(self, numbers: Sequence[int]) -> None:
+        """Take descriptors away that no record names any more."""
+
+    async def sync(self) -> None:
+        """Return when no worker uses what the records said before."""
+
+    async def flush(self, slot: int, *, also_static: bool) -> int:
+        """Forget the addresses behind a port."""

@@ -1,0 +1,166 @@
+"""A tap port: a Linux tap interface as an uplink. Control half; `tap_data` has the other.
+
+Life cycle: `open` attaches to the interface, which the kernel makes if it is absent, and
+sets it up. An interface that we made goes away with our last descriptor; one that was
+there (`ip tuntap add`) stays. The link going down and up is followed and shown; frames
+for a link that is down are counted by the data path, as the kernel refuses them.
+"""
+
+import errno
+import fcntl
+import os
+import struct
+from pathlib import Path
+from typing import Final
+
+from ports.base import (
+    KIND_NONE,
+    KIND_TAP,
+    NO_FD,
+    RING_STARTING,
+    RING_STOPPED,
+    RINGS_PER_PORT,
+    RX,
+    TX,
+)
+from ports.burst import MAX_FRAME
+from ports.errors import PortError
+from ports.host import Host
+from ports.links import LinkMonitor, bring_up
+from ports.vhost_user import State
+
+# linux/if_tun.h
+_TUNSETIFF: Final = 0x400454CA
+_IFF_TAP: Final = 0x0002
+_IFF_NO_PI: Final = 0x1000
+_IFREQ: Final = "16sH22x"
+_LONGEST_NAME: Final = 15
+_DEVICE: Final = "/dev/net/tun"
+
+_CAUSES: Final = {
+    errno.EBUSY: "another program is attached to it (end it, or choose another name)",
+    errno.EINVAL: "it exists and is not a tap (choose another name)",
+    errno.EPERM: "we have no CAP_NET_ADMIN (run as root, or grant the capability)",
+    errno.EACCES: f"we may not open {_DEVICE} (run as root)",
+    errno.ENOENT: f"there is no {_DEVICE} (modprobe tun)",
+    errno.ENODEV: f"there is no driver behind {_DEVICE} (modprobe tun)",
+}
+
+
+class TapPort:
+    """Control half of a tap port."""
+
+    kind = "tap"
+    mode = ""
+
+    def __init__(self, host: Host, slot: int, name: str, interface: str) -> None:
+        self.name = name
+        self.interface = interface
+        self._host = host
+        self._slot = slot
+        self._number = NO_FD
+        self._link = "down"
+        self._monitor = LinkMonitor(interface, self._on_link)
+
+    async def open(self) -> None:
+        """Attach to the interface, set it up, and start its rings.
+
+        Raises:
+            PortError: It is no tap, is taken, or we lack the right.
+        """
+        fd = attach(self.interface)
+        try:
+            await bring_up(self.interface)
+            (self._number,) = await self._host.install([fd])
+        finally:
+            os.close(fd)
+        await self._monitor.start()
+        record = self._host.ports[self._slot]
+        record["kind"], record["fd"] = KIND_TAP, self._number
+        record["max_frame"], record["pairs"] = MAX_FRAME, 1
+        for index in (TX, RX):
+            ring = self._ring(index)
+            ring["owner"] = self._host.owner_for(self._slot, 0)
+            ring["port"], ring["enabled"] = self._slot, 1
+            ring["header_len"], ring["shared"], ring["lock"] = 0, 0, 0
+            ring["call_fd"] = ring["err_fd"] = NO_FD
+            ring["kick_fd"] = self._number if index == RX else NO_FD
+            ring["state"] = RING_STARTING
+        await self._host.sync()
+        record["up"] = 1
+
+    async def close(self) -> None:
+        """Detach; an interface that we made goes away."""
+        await self._monitor.stop()
+        record = self._host.ports[self._slot]
+        record["up"] = 0
+        for index in (TX, RX):
+            self._ring(index)["state"] = RING_STOPPED
+        await self._host.sync()
+        record["kind"], record["fd"] = KIND_NONE, NO_FD
+        self._ring(RX)["kick_fd"] = NO_FD
+        if self._number != NO_FD:
+            await self._host.uninstall([self._number])
+
+    def state(self) -> State:
+        """The port's state and its reason."""
+        if self._link == "up":
+            return State("up", f"interface {self.interface} is up")
+        if self._link == "gone":
+            return State("down", f"interface {self.interface} is gone")
+        remedy = f"ip link set {self.interface} up"
+        return State("down", f"interface {self.interface} is down ({remedy})")
+
+    def features(self) -> list[str]:
+        """Plain frames: nothing is negotiated."""
+        return []
+
+    def queues(self) -> dict[str, int]:
+        """A tap has one pair."""
+        return {"enabled": 1, "max": 1}
+
+    def _on_link(self, state: str) -> None:
+        self._link = state
+
+    def _ring(self, index: int):  # noqa: ANN202 (a row of the shared table)
+        return self._host.rings[self._slot * RINGS_PER_PORT + index]
+
+
+def check_name(interface: str) -> None:
+    """Refuse a name that no interface can have.
+
+    Raises:
+        PortError: It is empty, too long, or has a character the kernel refuses.
+    """
+    if not 0 < len(interface.encode()) <= _LONGEST_NAME:
+        message = f"cannot use tap {interface!r}: a name has 1 to {_LONGEST_NAME} bytes"
+        raise PortError(f"{message} (choose another)")
+    if interface in {".", ".."} or any(c.isspace() or c in "/:%" for c in interface):
+        message = f"cannot use tap {interface!r}: it has a character the kernel refuses"
+        raise PortError(f"{message} (use letters, digits, - and _)")
+
+
+def attach(interface: str) -> int:
+    """Open a tap, non-blocking, plain frames; the kernel makes it if it is absent.
+
+    Raises:
+        PortError: It is no tap, is taken, or we lack the right.
+    """
+    check_name(interface)
+    made = not Path("/sys/class/net", interface).exists()
+    fd = -1
+    try:
+        fd = os.open(_DEVICE, os.O_RDWR | os.O_NONBLOCK | os.O_CLOEXEC)
+        request = struct.pack(_IFREQ, interface.encode(), _IFF_TAP | _IFF_NO_PI)
+        fcntl.ioctl(fd, _TUNSETIFF, request)
+    except OSError as error:
+        if fd >= 0:
+            os.close(fd)
+        number = error.errno or 0
+        cause = _CAUSES.get(number, os.strerror(number))
+        verb = "make" if made else "attach to"
+        message = (
+            f"cannot {verb} tap {interface}: {errno.errorcode.get(number)}: {cause}"
+        )
+        raise PortError(message) from error
+    return fd

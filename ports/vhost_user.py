@@ -1,0 +1,577 @@
+"""A vhost-user port: one guest, attached through a Unix socket.
+
+Life cycle: `open` listens (server mode) or starts to connect (client mode). One front-end
+at a time is served by a task that reads a message, lets the session change what is
+*wanted*, brings the port there (`_reconcile`), and only then replies. When the front-end
+goes away everything it gave us is given back and the port waits for the next one.
+
+Order of `_reconcile`, each step awaited: rings that may not go on are stopped; new memory
+is mapped in every worker; the table of regions is switched in one store; old memory is
+unmapped; new call descriptors are put in place; rings that may run are started by their
+owners. Nothing is unmapped or closed before every worker has confirmed that it looks at
+the new records.
+
+What an identical memory table needs is nothing: front-ends send it at every start.
+"""
+
+import asyncio
+import contextlib
+import errno
+import logging
+import os
+import socket
+import stat
+import time
+from pathlib import Path
+from typing import Final, NamedTuple
+
+from ports.base import (
+    KIND_NONE,
+    KIND_VHOST_USER,
+    MAX_REGIONS,
+    NO_FD,
+    RING_BROKEN,
+    RING_RUNNING,
+    RING_STARTING,
+    RING_STOPPED,
+    RINGS_PER_PORT,
+    RX,
+    TX,
+)
+from ports.burst import MAX_FRAME
+from ports.errors import PortError, ProtocolError
+from ports.host import Host, Mapping
+from ports.vhost.channel import Channel
+from ports.vhost.features import feature_names
+from ports.vhost.messages import Message
+from ports.vhost.session import NOT_SHARED, Session, WantedRegion, WantedRing
+
+_LONGEST_PATH: Final = 107  # sockaddr_un, without its final zero
+_ETHERNET_AND_TAG: Final = 18
+_CONNECT_S: Final = 0.05
+_MEMORY_DUE_S: Final = 1.0
+_LOG_WINDOW_S: Final = 10.0
+_LOG_LINES: Final = 20
+
+_log = logging.getLogger(__name__)
+
+
+class State(NamedTuple):
+    """What a user wants to know of a port: a word, and why."""
+
+    word: str
+    reason: str
+
+
+class _Running(NamedTuple):
+    """What a ring was started with; a difference to what is wanted stops it."""
+
+    basis: tuple[object, ...]
+    kick: int  # numbers in workers, NO_FD for none
+    err: int
+
+
+class VhostUserPort:
+    """Control half of a vhost-user port."""
+
+    kind = "vhost-user"
+
+    def __init__(
+        self, host: Host, slot: int, name: str, path: Path, mode: str, pairs: int
+    ) -> None:
+        self.name = name
+        self.path = path
+        self.mode = mode
+        self._host = host
+        self._slot = slot
+        self._pairs = pairs
+        self._listener: socket.socket | None = None
+        self._tasks: list[asyncio.Task[None]] = []
+        self._session: Session | None = None
+        self._features_since = 0.0
+        self._mapped: list[tuple[WantedRegion, Mapping]] = []
+        self._running: dict[int, _Running] = {}
+        self._calls: dict[int, tuple[int, int]] = {}  # ring: our fd, number in workers
+        self._table_half = 0
+        self._trouble = ""
+        self._log_window = 0.0
+        self._logged = 0
+
+    # --- life ---
+
+    async def open(self) -> None:
+        """Listen, or begin to look for the front-end's socket.
+
+        Raises:
+            PortError: The path cannot be used.
+        """
+        _check_path(self.path)
+        if self.mode == "server":
+            self._listener = _listen(self.path)
+        record = self._host.ports[self._slot]
+        record["kind"] = KIND_VHOST_USER
+        record["max_frame"] = MAX_FRAME
+        serve = self._accept_forever if self._listener else self._connect_forever
+        self._tasks.append(asyncio.create_task(serve()))
+
+    async def close(self) -> None:
+        """Let the front-end go and give everything back."""
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        if self._listener:
+            self._listener.close()
+            self.path.unlink(missing_ok=True)
+        self._host.ports[self._slot]["kind"] = KIND_NONE
+
+    # --- what users see ---
+
+    def state(self) -> State:
+        """The port's state and its reason."""
+        session = self._session
+        if session is None:
+            if self.mode == "server":
+                return State("waiting-for-frontend", f"listening on {self.path}")
+            why = self._trouble or "no front-end yet"
+            return State("waiting-for-frontend", f"connecting to {self.path}: {why}")
+        if int(self._host.ports[self._slot]["up"]):
+            return State("up", self._describe_rings())
+        problem = self._problem(session)
+        if problem:
+            return State("waiting-for-driver", problem)
+        if not session.protocol_features and not session.features_known:
+            return State("negotiating", "the front-end is connected")
+        return State("waiting-for-driver", "the guest's driver has not started")
+
+    def features(self) -> list[str]:
+        """Names of the negotiated virtio features."""
+        session = self._session
+        return feature_names(session.features or 0) if session else []
+
+    def queues(self) -> dict[str, int]:
+        """Queue pairs: enabled ones, and how many a guest may have."""
+        return {
+            "enabled": int(self._host.ports[self._slot]["pairs"]),
+            "max": self._pairs,
+        }
+
+    def _describe_rings(self) -> str:
+        pairs = int(self._host.ports[self._slot]["pairs"])
+        broken = [
+            index
+            for index in self._running
+            if int(self._ring(index)["state"]) == RING_BROKEN
+        ]
+        text = f"{pairs} queue pair{'s' if pairs != 1 else ''}"
+        if broken:
+            text += f"; virtqueue {broken[0]} is broken: the guest's indexes make no"
+            text += " sense (reset the guest's driver)"
+        return text
+
+    def _problem(self, session: Session) -> str:
+        if session.memory_problem:
+            return session.memory_problem
+        waited = time.monotonic() - self._features_since
+        if session.features_known and not session.memory and waited > _MEMORY_DUE_S:
+            return NOT_SHARED
+        return session.problem
+
+    # --- the socket ---
+
+    async def _accept_forever(self) -> None:
+        loop = asyncio.get_running_loop()
+        assert self._listener is not None
+        while True:
+            connection, _ = await loop.sock_accept(self._listener)
+            await self._serve(connection)
+
+    async def _connect_forever(self) -> None:
+        while True:
+            connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+            try:
+                # A Unix socket connects at once or not at all.
+                connection.setblocking(False)
+                connection.connect(str(self.path))
+            except OSError as error:
+                connection.close()
+                self._trouble = _errno_name(error)
+                await asyncio.sleep(_CONNECT_S)
+                continue
+            await self._serve(connection)
+
+    async def _serve(self, connection: socket.socket) -> None:
+        """Serve one front-end until it goes, or breaks the protocol."""
+        channel = Channel(connection)
+        session = self._session = Session(self._pairs)
+        self._features_since = 0.0
+        self._log("connected")
+        try:
+            await self._converse(channel, session)
+        except EOFError:
+            self._log("the front-end went away")
+        except ProtocolError as error:
+            self._log(f"{error}; closing the connection")
+        finally:
+            channel.close()
+            # Runs to its end even while the port is being closed.
+            await asyncio.shield(asyncio.create_task(self._disconnect(session)))
+
+    async def _converse(self, channel: Channel, session: Session) -> None:
+        while True:
+            message = await self._receive(channel)
+            known = session.features_known
+            step = session.handle(message)
+            if step.refused:
+                self._log(step.refused)
+            if session.features_known and not known:
+                self._features_since = time.monotonic()
+                asyncio.get_running_loop().call_later(
+                    _MEMORY_DUE_S + 0.1, self._warn_of_missing_memory, session
+                )
+            reply = step.reply
+            try:
+                await self._reconcile(session)
+            except OSError as error:
+                self._log(f"cannot map the guest's memory: {_errno_name(error)}")
+                if step.nack is None:
+                    raise ProtocolError("cannot map the guest's memory") from error
+                reply = step.nack
+            if step.base is not None:
+                reply = step.base.encode(self._next_index(step.base.index))
+            if reply is not None:
+                await self._send(channel, reply)
+            _close_all(session.take_retired())
+            if step.close:
+                raise ProtocolError(step.refused or "the message cannot be answered")
+
+    async def _receive(self, channel: Channel) -> Message:
+        while True:
+            message = channel.receive(time.monotonic())
+            if message is not None:
+                return message
+            due = channel.deadline_s
+            timeout = None if due is None else max(0.0, due - time.monotonic())
+            try:
+                await asyncio.wait_for(_readable(channel.fileno()), timeout)
+            except TimeoutError:
+                message_text = "a message was begun and not completed"
+                raise ProtocolError(message_text) from None
+
+    async def _send(self, channel: Channel, reply: bytes) -> None:
+        channel.send(reply)
+        while channel.wants_write:
+            await _writable(channel.fileno())
+            channel.flush()
+
+    async def _disconnect(self, session: Session) -> None:
+        session.close()
+        await self._reconcile(session)
+        _close_all(session.take_retired())
+        self._session = None
+        await self._host.flush(self._slot, also_static=False)
+
+    def _warn_of_missing_memory(self, session: Session) -> None:
+        if session is self._session and not session.memory:
+            self._log(NOT_SHARED)
+
+    # --- wanted and applied ---
+
+    async def _reconcile(self, session: Session) -> None:
+        served = any(ring.enabled for ring in session.rings)
+        wanted = {
+            ring.index: ring for ring in session.rings if ring.runnable and served
+        }
+        await self._stop_rings(session, wanted)
+        await self._switch_memory(session)
+        await self._replace_calls(wanted)
+        await self._start_rings(session, wanted)
+        self._publish(session)
+
+    async def _stop_rings(
+        self, session: Session, wanted: dict[int, WantedRing]
+    ) -> None:
+        stale = [
+            index
+            for index, running in self._running.items()
+            if index not in wanted or running.basis != _basis(session, wanted[index])
+        ]
+        if not stale:
+            return
+        self._host.ports[self._slot]["up"] = 0
+        for index in stale:
+            self._ring(index)["state"] = RING_STOPPED
+        await self._host.sync()
+        numbers = []
+        for index in stale:
+            running = self._running.pop(index)
+            numbers += [n for n in (running.kick, running.err) if n != NO_FD]
+            record = self._ring(index)
+            record["kick_fd"] = record["call_fd"] = record["err_fd"] = NO_FD
+            if index in self._calls:
+                numbers.append(self._calls.pop(index)[1])
+        await self._host.uninstall(numbers)
+
+    async def _switch_memory(self, session: Session) -> None:
+        old = self._mapped
+        if [_identity(region) for region, _ in old] == [
+            _identity(region) for region in session.memory
+        ]:
+            return
+        kept = {_file_part(region): mapping for region, mapping in old}
+        new: list[tuple[WantedRegion, Mapping]] = []
+        added: list[Mapping] = []
+        try:
+            for region in session.memory:
+                mapping = kept.get(_file_part(region))
+                if mapping is None:
+                    mapping = await self._map(region)
+                    added.append(mapping)
+                new.append((region, mapping))
+        except OSError:
+            await self._host.unmap(added)
+            raise
+        self._write_table(new)
+        self._mapped = new
+        await self._host.sync()
+        used = {mapping for _, mapping in new}
+        gone = [mapping for _, mapping in old if mapping not in used]
+        if gone:
+            await self._host.unmap(gone)
+
+    async def _map(self, region: WantedRegion) -> Mapping:
+        """Map a region's pages; the region may begin inside its first page."""
+        page = region.block_size
+        begin = region.mmap_offset // page * page
+        end = -(-(region.mmap_offset + region.size) // page) * page
+        return await self._host.map(region.fd, end - begin, begin, page)
+
+    def _write_table(self, mapped: list[tuple[WantedRegion, Mapping]]) -> None:
+        """Write the other half of this port's region rows, then name it in one store."""
+        self._table_half = 1 - self._table_half
+        first = (2 * self._slot + self._table_half) * MAX_REGIONS
+        for row, (region, mapping) in enumerate(mapped, start=first):
+            record = self._host.regions[row]
+            record["gpa"] = _signed(region.gpa)
+            record["size"] = region.size
+            record["addr"] = _address(region, mapping)
+            record["frontend_va"] = _signed(region.frontend_va)
+        self._host.ports[self._slot]["regions"] = first << 8 | len(mapped)
+
+    async def _replace_calls(self, wanted: dict[int, WantedRing]) -> None:
+        """Put new call descriptors in place of running rings' old ones."""
+        changed = [
+            index
+            for index in self._running
+            if self._calls.get(index, (NO_FD, NO_FD))[0] != wanted[index].call_fd
+        ]
+        if not changed:
+            return
+        old = [self._calls.pop(index)[1] for index in changed if index in self._calls]
+        for index in changed:
+            await self._install_call(index, wanted[index].call_fd)
+        await self._host.sync()
+        await self._host.uninstall(old)
+
+    async def _install_call(self, index: int, fd: int) -> None:
+        number = NO_FD
+        if fd != NO_FD:
+            (number,) = await self._host.install([fd])
+            self._calls[index] = (fd, number)
+        self._ring(index)["call_fd"] = number
+
+    async def _start_rings(
+        self, session: Session, wanted: dict[int, WantedRing]
+    ) -> None:
+        fresh = [ring for index, ring in wanted.items() if index not in self._running]
+        for ring in fresh:
+            await self._prepare_ring(session, ring)
+        for index, ring in wanted.items():
+            self._ring(index)["enabled"] = int(ring.enabled)
+        for ring in fresh:
+            self._ring(ring.index)["state"] = RING_STARTING
+        if fresh:
+            await self._host.sync()
+
+    async def _prepare_ring(self, session: Session, ring: WantedRing) -> None:
+        numbers = []
+        for fd in (ring.kick_fd, ring.err_fd):
+            numbers += await self._host.install([fd]) if fd != NO_FD else [NO_FD]
+        kick, err = numbers
+        basis = _basis(session, ring)
+        self._running[ring.index] = _Running(basis, kick, err)
+        assert ring.areas is not None
+        record = self._ring(ring.index)
+        record["owner"] = self._host.owner_for(self._slot, ring.index // 2)
+        record["port"] = self._slot
+        record["shared"] = int(self._host.several)
+        record["size"] = ring.num
+        record["header_len"] = session.header_len
+        record["features"] = session.features or 0
+        for part in ("desc", "avail", "used"):
+            place = getattr(ring.areas, part)
+            region, mapping = self._mapped[place.region]
+            record[part] = _address(region, mapping) + place.offset
+        record["lock"] = 0
+        record["kick_fd"], record["err_fd"] = kick, err
+        await self._install_call(ring.index, ring.call_fd)
+
+    def _publish(self, session: Session) -> None:
+        """Say whether frames may flow, and into how many queue pairs."""
+        runs = [
+            index in self._running and session.rings[index].enabled
+            for index in range(len(session.rings))
+        ]
+        pairs = 0
+        while pairs < self._pairs and runs[2 * pairs + TX]:
+            pairs += 1
+        record = self._host.ports[self._slot]
+        mtu = session.mtu
+        record["max_frame"] = MAX_FRAME if mtu is None else mtu + _ETHERNET_AND_TAG
+        record["pairs"] = pairs
+        record["up"] = int(pairs > 0 and any(runs[RX::2]))
+
+    def _next_index(self, index: int) -> int:
+        """Next available index of a ring that was stopped: what it has consumed."""
+        return int(self._ring(index)["next_used"])
+
+    def _ring(self, index: int):  # noqa: ANN202 (a row of the shared table)
+        return self._host.rings[self._slot * RINGS_PER_PORT + index]
+
+    def _log(self, text: str) -> None:
+        """Log a line; of a storm of lines (a reconnect loop) one in a while."""
+        now = time.monotonic()
+        if now - self._log_window > _LOG_WINDOW_S:
+            self._log_window, self._logged = now, 0
+        self._logged += 1
+        if self._logged <= _LOG_LINES:
+            _log.info("port %s: %s", self.name, text)
+        elif self._logged == _LOG_LINES + 1:
+            _log.info("port %s: more lines, silenced for a while", self.name)
+
+
+def _basis(session: Session, ring: WantedRing) -> tuple[object, ...]:
+    """What a running ring rests on; if any of it changes, the ring has to stop."""
+    assert ring.areas is not None
+    places = tuple(
+        (_file_part(session.memory[place.region]), place.offset) for place in ring.areas
+    )
+    return (places, ring.num, session.features, ring.kick_fd, ring.err_fd)
+
+
+def _identity(region: WantedRegion) -> tuple[int, ...]:
+    return (region.gpa, region.frontend_va, *_file_part(region))
+
+
+def _file_part(region: WantedRegion) -> tuple[int, ...]:
+    return (region.device, region.inode, region.mmap_offset, region.size)
+
+
+def _address(region: WantedRegion, mapping: Mapping) -> int:
+    """Where a region's first byte is mapped."""
+    return mapping.addr + region.mmap_offset - mapping.offset
+
+
+def _signed(word: int) -> int:
+    """A 64-bit address as the records hold it."""
+    return word - (1 << 64) if word >= 1 << 63 else word
+
+
+def _check_path(path: Path) -> None:
+    length = len(os.fsencode(path))
+    if length > _LONGEST_PATH:
+        message = (
+            f"cannot use {path}: the path has {length} bytes, a socket's may have"
+            f" {_LONGEST_PATH} (choose a shorter one)"
+        )
+        raise PortError(message)
+
+
+def _listen(path: Path) -> socket.socket:
+    """Bind a listening socket, over a stale file if need be.
+
+    Raises:
+        PortError: Somebody listens there, or the directory is missing or closed to us.
+    """
+    listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    listener.setblocking(False)
+    try:
+        remove_stale(path)
+        listener.bind(str(path))
+        path.chmod(0o660)
+        listener.listen(1)
+    except OSError as error:
+        listener.close()
+        raise PortError(f"cannot listen on {path}: {_explain(path, error)}") from error
+    except PortError:
+        listener.close()
+        raise
+    return listener
+
+
+def remove_stale(path: Path) -> None:
+    """Remove the socket file of a listener that is gone.
+
+    Raises:
+        PortError: Somebody listens there, or it is no socket.
+    """
+    try:
+        mode = path.lstat().st_mode
+    except FileNotFoundError:
+        return
+    if not stat.S_ISSOCK(mode):
+        message = f"cannot listen on {path}: a file that is no socket is there"
+        raise PortError(f"{message} (choose another path)")
+    with contextlib.closing(socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)) as probe:
+        probe.setblocking(False)
+        try:
+            probe.connect(str(path))
+        except ConnectionRefusedError:
+            path.unlink()
+            return
+        except BlockingIOError:
+            pass  # a listener with a full queue is alive
+    message = f"cannot listen on {path}: EADDRINUSE: another process is listening"
+    raise PortError(f"{message} (end it, or choose another path)")
+
+
+def _explain(path: Path, error: OSError) -> str:
+    name = _errno_name(error)
+    if isinstance(error, FileNotFoundError):
+        return f"{name}: no directory {path.parent} (mkdir -p {path.parent})"
+    if isinstance(error, PermissionError):
+        owner = path.parent.stat()
+        return (
+            f"{name}: {path.parent} belongs to uid {owner.st_uid} with mode"
+            f" {stat.S_IMODE(owner.st_mode):04o}, we are uid {os.geteuid()}"
+            " (choose a directory of your own)"
+        )
+    return name
+
+
+def _errno_name(error: OSError) -> str:
+    return errno.errorcode.get(error.errno or 0, str(error))
+
+
+def _close_all(fds: list[int]) -> None:
+    for fd in fds:
+        os.close(fd)
+
+
+async def _readable(fd: int) -> None:
+    loop = asyncio.get_running_loop()
+    ready = loop.create_future()
+    loop.add_reader(fd, lambda: ready.done() or ready.set_result(None))
+    try:
+        await ready
+    finally:
+        loop.remove_reader(fd)
+
+
+async def _writable(fd: int) -> None:
+    loop = asyncio.get_running_loop()
+    ready = loop.create_future()
+    loop.add_writer(fd, lambda: ready.done() or ready.set_result(None))
+    try:
+        await ready
+    finally:
+        loop.remove_writer(fd)

@@ -1,0 +1,459 @@
+"""The worker processes, seen from the manager: start, tell, watch, replace.
+
+Everything that workers hold (mappings, descriptors) is kept in two tables here, so a
+worker that starts later is brought to the same state before it hears of changes.
+`broadcast` returns when every live worker has acknowledged: that is the grace period
+after which nobody uses what was there before.
+
+A worker's death is seen through its pidfd. Its rings change owner in the shared records,
+the heir repairs and polls them, and a replacement starts as the new spare. A death while
+answers are due counts as an answer: the dead use nothing.
+"""
+
+import asyncio
+import contextlib
+import logging
+import os
+import signal
+import socket
+import sys
+from collections import deque
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Final, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ports import cache
+from ports.base import RING_STOPPED
+from ports.host import Mapping
+from vswitch.control import protocol
+from vswitch.errors import VswitchError
+from vswitch.plan import AddressPlan, NumberPlan
+from vswitch.records import (
+    FDB_BUCKETS,
+    MAX_WORKERS,
+    ROLE_ACTIVE,
+    ROLE_SPARE,
+    WORKER_NONE,
+    WORKER_STARTING,
+    Shared,
+)
+
+_STOP_S: Final = 2.0
+_FIRST_BACKOFF_S: Final = 0.05
+_LAST_BACKOFF_S: Final = 5.0
+_HEALTHY_S: Final = 10.0
+NOBODY: Final = -1
+
+_log = logging.getLogger(__name__)
+
+
+class Options(NamedTuple):
+    """How workers run."""
+
+    active: int
+    spares: int
+    cpus: tuple[int, ...]
+    poll: str  # busy or adaptive
+    idle_us: int
+
+
+@dataclass
+class _Process:
+    """One worker process."""
+
+    number: int
+    pid: int
+    pidfd: int
+    sock: socket.socket
+    started: float
+    ready: bool = False
+    outbox: deque[tuple[list[Any], tuple[int, ...]]] = field(default_factory=deque)
+    due: dict[int, asyncio.Future[int]] = field(default_factory=dict)
+
+
+class Workers:
+    """All worker processes of a switch."""
+
+    def __init__(
+        self,
+        shared: Shared,
+        run_dir: Path,
+        options: Options,
+        numbers: NumberPlan,
+        on_progress: Callable[[int, int], None],
+    ) -> None:
+        self._shared = shared
+        self._run_dir = run_dir
+        self._options = options
+        self._on_progress = on_progress
+        self._processes: dict[int, _Process] = {}
+        self._addresses = AddressPlan()
+        self._numbers = numbers
+        self._mappings: dict[int, tuple[Mapping, int]] = {}  # by address; with our fd
+        self._fds: dict[int, int] = {}  # number in workers -> our own fd
+        self._seq = 0
+        self._backoff = _FIRST_BACKOFF_S
+        self._stopping = False
+        self._all_ready: asyncio.Future[None] | None = None
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    # --- life ---
+
+    async def start(self) -> None:
+        """Start everybody; return when the active workers are ready.
+
+        With a cold cache one worker compiles and the others then load what it made.
+
+        Raises:
+            VswitchError: A worker died before it was ready.
+        """
+        total = self._options.active + self._options.spares
+        if not cache.is_warm():
+            await self._start_until_ready(range(1))
+            cache.mark_warm()
+        self._spawn_missing(range(self._options.active, total))
+        await self._start_until_ready(range(self._options.active))
+
+    async def stop(self) -> None:
+        """End every worker: ask by closing its socket, insist after two seconds."""
+        self._stopping = True
+        gone = []
+        for process in self._processes.values():
+            os.kill(process.pid, signal.SIGTERM)
+            gone.append(asyncio.create_task(_wait_readable(process.pidfd)))
+        if gone:
+            await asyncio.wait(gone, timeout=_STOP_S)
+        for process in list(self._processes.values()):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(process.pid, signal.SIGKILL)
+            await _wait_readable(process.pidfd)
+            os.waitpid(process.pid, 0)
+            self._forget(process)
+        for task in self._tasks:
+            task.cancel()
+        for _, fd in self._mappings.values():
+            os.close(fd)
+        for fd in self._fds.values():
+            os.close(fd)
+
+    async def _start_until_ready(self, numbers: Iterable[int]) -> None:
+        self._all_ready = asyncio.get_running_loop().create_future()
+        self._waited_for = set(numbers)
+        self._spawn_missing(sorted(self._waited_for))
+        self._check_all_ready()
+        await self._all_ready
+
+    def _check_all_ready(self) -> None:
+        waiting = self._all_ready
+        if waiting is None or waiting.done():
+            return
+        processes = [self._processes.get(number) for number in self._waited_for]
+        if all(process is not None and process.ready for process in processes):
+            waiting.set_result(None)
+
+    def _spawn_missing(self, numbers: Iterable[int]) -> None:
+        for number in numbers:
+            if number not in self._processes:
+                self._spawn(number)
+
+    def _spawn(self, number: int) -> None:
+        ours, theirs = protocol.pair()
+        cpu = self._options.cpus[
+            number % self._options.active % len(self._options.cpus)
+        ]
+        arguments = [
+            *(sys.executable, "-m", "vswitch.worker", str(theirs.fileno())),
+            *(str(number), str(self._run_dir), str(cpu)),
+            *(self._options.poll, str(self._options.idle_us)),
+        ]
+        theirs.set_inheritable(True)
+        null = os.open(os.devnull, os.O_RDONLY)
+        pid = os.posix_spawn(
+            sys.executable,
+            arguments,
+            os.environ,
+            file_actions=[(os.POSIX_SPAWN_DUP2, null, 0)],
+        )
+        os.close(null)
+        theirs.close()
+        ours.setblocking(False)
+        loop = asyncio.get_running_loop()
+        process = _Process(number, pid, os.pidfd_open(pid), ours, loop.time())
+        self._processes[number] = process
+        record = self._shared.workers[number]
+        record["pid"], record["cpu"] = pid, cpu
+        record["state"], record["role"] = WORKER_STARTING, ROLE_SPARE
+        loop.add_reader(ours.fileno(), self._on_message, process)
+        loop.add_reader(process.pidfd, self._on_death, process)
+
+    # --- what ports ask for: `ports.host.Host` ---
+
+    @property
+    def ports(self) -> NDArray[np.void]:
+        """PORT records, by slot."""
+        return self._shared.ports
+
+    @property
+    def rings(self) -> NDArray[np.void]:
+        """RING records, RINGS_PER_PORT for each slot."""
+        return self._shared.rings
+
+    @property
+    def regions(self) -> NDArray[np.void]:
+        """REGION records, two tables of MAX_REGIONS for each slot."""
+        return self._shared.regions
+
+    async def map(self, fd: int, length: int, offset: int, alignment: int) -> Mapping:
+        """Map a part of a file at one address in every worker. `fd` stays the caller's.
+
+        Raises:
+            OSError: A worker could not map it.
+        """
+        addr = self._addresses.take(length, alignment)
+        mapping = Mapping(addr, length, offset, self._numbers.take())
+        self._mappings[addr] = (mapping, os.dup(fd))
+        result = await self.broadcast(
+            "map", [tuple(mapping)], [self._mappings[addr][1]]
+        )
+        if result < 0:
+            await self.unmap([mapping])
+            raise OSError(-result, os.strerror(-result))
+        return mapping
+
+    async def unmap(self, mappings: Sequence[Mapping]) -> None:
+        """Take mappings away from every worker; nothing may refer to them any more."""
+        rows = [(m.addr, m.length, m.number) for m in mappings]
+        ours = [self._mappings.pop(m.addr)[1] for m in mappings]
+        await self.broadcast("unmap", rows)
+        for mapping, fd in zip(mappings, ours, strict=True):
+            os.close(fd)
+            self._addresses.give_back(mapping.addr)
+            self._numbers.give_back(mapping.number)
+
+    async def install(self, fds: Sequence[int]) -> list[int]:
+        """Give every worker descriptors; their numbers. `fds` stay the caller's."""
+        numbers = [self._numbers.take() for _ in fds]
+        ours = [os.dup(fd) for fd in fds]
+        self._fds.update(zip(numbers, ours, strict=True))
+        await self.broadcast("fds", numbers, ours)
+        return numbers
+
+    async def uninstall(self, numbers: Sequence[int]) -> None:
+        """Let every worker close descriptors that no record names any more."""
+        if not numbers:
+            return
+        ours = [self._fds.pop(number) for number in numbers]
+        await self.broadcast("close", list(numbers))
+        for number, fd in zip(numbers, ours, strict=True):
+            os.close(fd)
+            self._numbers.give_back(number)
+
+    async def sync(self) -> None:
+        """Return when every worker has looked at the records again."""
+        await self.broadcast("sync", NOBODY)
+
+    async def change_fdb(self, verb: str, *arguments: int) -> int:
+        """Let one worker change the forwarding database; what the change returned."""
+        ready = self._ready()
+        if not ready:
+            message = "no worker is running (see the log)"
+            raise VswitchError(message)
+        return await self._tell(ready[0], "fdb", verb, list(arguments))
+
+    async def flush(self, slot: int, *, also_static: bool) -> int:
+        """Forget what lives behind a port (all ports: -1)."""
+        return await self.change_fdb("flush", slot, int(also_static), 0, FDB_BUCKETS)
+
+    def owner_for(self, slot: int, pair: int) -> int:
+        """The worker that is to serve a queue pair: the one with the fewest rings.
+
+        Pairs of one port go to different workers where there are several.
+        """
+        active = [n for n in self._ready_numbers() if self._role(n) == ROLE_ACTIVE]
+        if not active:
+            return 0
+        rings = self._shared.rings
+        busy = rings["state"] != RING_STOPPED
+        load = {n: int(np.count_nonzero(busy & (rings["owner"] == n))) for n in active}
+        turn = (slot + pair) % len(active)
+        order = active[turn:] + active[:turn]
+        return min(order, key=lambda number: load[number])
+
+    @property
+    def several(self) -> bool:
+        """Whether more than one worker forwards."""
+        return self._options.active > 1
+
+    # --- messages ---
+
+    async def broadcast(
+        self, word: str, argument: object, fds: Sequence[int] = ()
+    ) -> int:
+        """Tell every ready worker and wait for all; the smallest result."""
+        answers = [self._tell(p, word, argument, fds=fds) for p in self._ready()]
+        return min(await asyncio.gather(*answers), default=0)
+
+    def _tell(
+        self, process: _Process, word: str, *arguments: object, fds: Sequence[int] = ()
+    ) -> asyncio.Future[int]:
+        self._seq += 1
+        answer = asyncio.get_running_loop().create_future()
+        process.due[self._seq] = answer
+        process.outbox.append(([word, self._seq, *arguments], tuple(fds)))
+        self._flush(process)
+        return answer
+
+    def _flush(self, process: _Process) -> None:
+        loop = asyncio.get_running_loop()
+        while process.outbox:
+            message, fds = process.outbox[0]
+            try:
+                protocol.send(process.sock, message, fds)
+            except BlockingIOError:
+                loop.add_writer(process.sock.fileno(), self._flush, process)
+                return
+            except OSError:
+                break  # its death is on the way
+            process.outbox.popleft()
+        loop.remove_writer(process.sock.fileno())
+
+    def _on_message(self, process: _Process) -> None:
+        try:
+            message, _ = protocol.receive(process.sock)
+        except BlockingIOError:
+            return
+        except (EOFError, OSError):
+            asyncio.get_running_loop().remove_reader(process.sock.fileno())
+            return
+        if message[0] == "ack":
+            answer = process.due.pop(message[1], None)
+            if answer and not answer.done():
+                answer.set_result(int(message[2]))
+        elif message[0] == "progress":
+            self._on_progress(int(message[1]), int(message[2]))
+        elif message[0] == "ready":
+            self._welcome(process)
+
+    def _welcome(self, process: _Process) -> None:
+        """Bring a new worker to the state of the others, then count it among them."""
+        for mapping, fd in self._mappings.values():
+            self._tell(process, "map", [tuple(mapping)], fds=[fd])
+        numbers = list(self._fds)
+        for at in range(0, len(numbers), protocol.MAX_FDS):
+            some = numbers[at : at + protocol.MAX_FDS]
+            self._tell(process, "fds", some, fds=[self._fds[n] for n in some])
+        process.ready = True
+        if self._count_active() < self._options.active:
+            self._shared.workers[process.number]["role"] = ROLE_ACTIVE
+            self._adopt_orphans(process)
+        self._tell(process, "sync", NOBODY)
+        self._check_all_ready()
+
+    # --- death ---
+
+    def _on_death(self, process: _Process) -> None:
+        if self._stopping:
+            asyncio.get_running_loop().remove_reader(process.pidfd)
+            return
+        _, status = os.waitpid(process.pid, 0)
+        code = os.waitstatus_to_exitcode(status)
+        cause = signal.Signals(-code).name if code < 0 else f"exit code {code}"
+        _log.warning("worker %d died: %s pid=%d", process.number, cause, process.pid)
+        was_active = self._role(process.number) == ROLE_ACTIVE
+        self._forget(process)
+        if self._all_ready and not self._all_ready.done():
+            message = f"worker {process.number} did not start: {cause} (see the log)"
+            self._all_ready.set_exception(VswitchError(message))
+            return
+        if was_active:
+            self._hand_over(process.number)
+        self._later(self._restart(process))
+
+    def _hand_over(self, dead: int) -> None:
+        """Give a dead worker's rings to the spare, or to whoever is left."""
+        ready = self._ready_numbers()
+        heirs = [n for n in ready if self._role(n) == ROLE_SPARE] or ready
+        if not heirs:
+            return  # the next worker to start adopts them
+        heir = heirs[0]
+        if self._role(heir) == ROLE_SPARE:
+            record = self._shared.workers[heir]
+            record["role"], record["cpu"] = (
+                ROLE_ACTIVE,
+                self._shared.workers[dead]["cpu"],
+            )
+            os.sched_setaffinity(int(record["pid"]), {int(record["cpu"])})
+        rings = self._shared.rings
+        rings["owner"][rings["owner"] == dead] = heir
+        for process in self._ready():
+            self._tell(process, "sync", dead if process.number == heir else NOBODY)
+        _log.info("worker %d took over from worker %d", heir, dead)
+
+    def _adopt_orphans(self, process: _Process) -> None:
+        """Take the rings whose owners are all gone."""
+        rings = self._shared.rings
+        alive = self._ready_numbers()
+        for owner in {int(n) for n in np.unique(rings["owner"][rings["state"] != 0])}:
+            if owner not in alive or owner == process.number:
+                rings["owner"][rings["owner"] == owner] = process.number
+                self._tell(process, "sync", owner)
+
+    async def _restart(self, process: _Process) -> None:
+        """Start a replacement; wait longer each time one dies young."""
+        loop = asyncio.get_running_loop()
+        if loop.time() - process.started > _HEALTHY_S:
+            self._backoff = _FIRST_BACKOFF_S
+        await asyncio.sleep(self._backoff)
+        self._backoff = min(2 * self._backoff, _LAST_BACKOFF_S)
+        free = [n for n in range(MAX_WORKERS) if n not in self._processes]
+        if free and not self._stopping:
+            self._spawn(free[0])
+
+    def _forget(self, process: _Process) -> None:
+        loop = asyncio.get_running_loop()
+        loop.remove_reader(process.pidfd)
+        loop.remove_reader(process.sock.fileno())
+        loop.remove_writer(process.sock.fileno())
+        os.close(process.pidfd)
+        process.sock.close()
+        self._processes.pop(process.number, None)
+        record = self._shared.workers[process.number]
+        record["state"], record["role"] = WORKER_NONE, 0
+        for answer in process.due.values():
+            if not answer.done():
+                answer.set_result(0)
+
+    def _later(self, work: Any) -> None:
+        task = asyncio.create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    # --- small questions ---
+
+    def _ready(self) -> list[_Process]:
+        return [self._processes[number] for number in self._ready_numbers()]
+
+    def _ready_numbers(self) -> list[int]:
+        return sorted(n for n, process in self._processes.items() if process.ready)
+
+    def _role(self, number: int) -> int:
+        return int(self._shared.workers[number]["role"])
+
+    def _count_active(self) -> int:
+        return sum(
+            self._role(number) == ROLE_ACTIVE for number in self._ready_numbers()
+        )
+
+
+async def _wait_readable(fd: int) -> None:
+    loop = asyncio.get_running_loop()
+    ready = loop.create_future()
+    loop.add_reader(fd, lambda: ready.done() or ready.set_result(None))
+    try:
+        await ready
+    finally:
+        loop.remove_reader(fd)
