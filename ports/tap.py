@@ -11,7 +11,9 @@ import fcntl
 import os
 import struct
 from pathlib import Path
-from typing import Final
+from typing import Final, cast
+
+import numpy as np
 
 from ports.base import (
     KIND_NONE,
@@ -122,8 +124,8 @@ class TapPort:
     def _on_link(self, state: str) -> None:
         self._link = state
 
-    def _ring(self, index: int):  # noqa: ANN202 (a row of the shared table)
-        return self._host.rings[self._slot * RINGS_PER_PORT + index]
+    def _ring(self, index: int) -> np.void:
+        return cast("np.void", self._host.rings[self._slot * RINGS_PER_PORT + index])
 
 
 def check_name(interface: str) -> None:

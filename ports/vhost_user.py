@@ -23,15 +23,17 @@ import socket
 import stat
 import time
 from pathlib import Path
-from typing import Final, NamedTuple
+from typing import Final, NamedTuple, cast
 
+import numpy as np
+
+from ports.aio import readable, writable
 from ports.base import (
     KIND_NONE,
     KIND_VHOST_USER,
     MAX_REGIONS,
     NO_FD,
     RING_BROKEN,
-    RING_RUNNING,
     RING_STARTING,
     RING_STOPPED,
     RINGS_PER_PORT,
@@ -111,8 +113,11 @@ class VhostUserPort:
         record = self._host.ports[self._slot]
         record["kind"] = KIND_VHOST_USER
         record["max_frame"] = MAX_FRAME
-        serve = self._accept_forever if self._listener else self._connect_forever
-        self._tasks.append(asyncio.create_task(serve()))
+        if self._listener:
+            serve = self._accept_forever(self._listener)
+        else:
+            serve = self._connect_forever()
+        self._tasks.append(asyncio.create_task(serve))
 
     async def close(self) -> None:
         """Let the front-end go and give everything back."""
@@ -178,11 +183,10 @@ class VhostUserPort:
 
     # --- the socket ---
 
-    async def _accept_forever(self) -> None:
+    async def _accept_forever(self, listener: socket.socket) -> None:
         loop = asyncio.get_running_loop()
-        assert self._listener is not None
         while True:
-            connection, _ = await loop.sock_accept(self._listener)
+            connection, _ = await loop.sock_accept(listener)
             await self._serve(connection)
 
     async def _connect_forever(self) -> None:
@@ -252,7 +256,7 @@ class VhostUserPort:
             due = channel.deadline_s
             timeout = None if due is None else max(0.0, due - time.monotonic())
             try:
-                await asyncio.wait_for(_readable(channel.fileno()), timeout)
+                await asyncio.wait_for(readable(channel.fileno()), timeout)
             except TimeoutError:
                 message_text = "a message was begun and not completed"
                 raise ProtocolError(message_text) from None
@@ -260,7 +264,7 @@ class VhostUserPort:
     async def _send(self, channel: Channel, reply: bytes) -> None:
         channel.send(reply)
         while channel.wants_write:
-            await _writable(channel.fileno())
+            await writable(channel.fileno())
             channel.flush()
 
     async def _disconnect(self, session: Session) -> None:
@@ -399,7 +403,7 @@ class VhostUserPort:
         kick, err = numbers
         basis = _basis(session, ring)
         self._running[ring.index] = _Running(basis, kick, err)
-        assert ring.areas is not None
+        assert ring.areas is not None  # noqa: S101 (runnable rings have areas)
         record = self._ring(ring.index)
         record["owner"] = self._host.owner_for(self._slot, ring.index // 2)
         record["port"] = self._slot
@@ -434,8 +438,8 @@ class VhostUserPort:
         """Next available index of a ring that was stopped: what it has consumed."""
         return int(self._ring(index)["next_used"])
 
-    def _ring(self, index: int):  # noqa: ANN202 (a row of the shared table)
-        return self._host.rings[self._slot * RINGS_PER_PORT + index]
+    def _ring(self, index: int) -> np.void:
+        return cast("np.void", self._host.rings[self._slot * RINGS_PER_PORT + index])
 
     def _log(self, text: str) -> None:
         """Log a line; of a storm of lines (a reconnect loop) one in a while."""
@@ -451,7 +455,7 @@ class VhostUserPort:
 
 def _basis(session: Session, ring: WantedRing) -> tuple[object, ...]:
     """What a running ring rests on; if any of it changes, the ring has to stop."""
-    assert ring.areas is not None
+    assert ring.areas is not None  # noqa: S101 (runnable rings have areas)
     places = tuple(
         (_file_part(session.memory[place.region]), place.offset) for place in ring.areas
     )
@@ -555,23 +559,3 @@ def _errno_name(error: OSError) -> str:
 def _close_all(fds: list[int]) -> None:
     for fd in fds:
         os.close(fd)
-
-
-async def _readable(fd: int) -> None:
-    loop = asyncio.get_running_loop()
-    ready = loop.create_future()
-    loop.add_reader(fd, lambda: ready.done() or ready.set_result(None))
-    try:
-        await ready
-    finally:
-        loop.remove_reader(fd)
-
-
-async def _writable(fd: int) -> None:
-    loop = asyncio.get_running_loop()
-    ready = loop.create_future()
-    loop.add_writer(fd, lambda: ready.done() or ready.set_result(None))
-    try:
-        await ready
-    finally:
-        loop.remove_writer(fd)

@@ -18,7 +18,7 @@ import signal
 import socket
 import sys
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Coroutine, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final, NamedTuple
@@ -27,6 +27,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ports import cache
+from ports.aio import readable as _readable
 from ports.base import RING_STOPPED
 from ports.host import Mapping
 from vswitch.control import protocol
@@ -47,6 +48,7 @@ _FIRST_BACKOFF_S: Final = 0.05
 _LAST_BACKOFF_S: Final = 5.0
 _HEALTHY_S: Final = 10.0
 NOBODY: Final = -1
+_COMPILER: Final = MAX_WORKERS - 1  # the number of the worker that only compiles
 
 _log = logging.getLogger(__name__)
 
@@ -106,39 +108,44 @@ class Workers:
     async def start(self) -> None:
         """Start everybody; return when the active workers are ready.
 
-        With a cold cache one worker compiles and the others then load what it made.
+        With a cold cache a worker compiles and ends, as a compiler's memory is never
+        given back; the others load what it made.
 
         Raises:
             VswitchError: A worker died before it was ready.
         """
         total = self._options.active + self._options.spares
         if not cache.is_warm():
-            await self._start_until_ready(range(1))
+            await self._start_until_ready([_COMPILER])
             cache.mark_warm()
+            await self._end([self._processes[_COMPILER]])
         self._spawn_missing(range(self._options.active, total))
         await self._start_until_ready(range(self._options.active))
 
     async def stop(self) -> None:
-        """End every worker: ask by closing its socket, insist after two seconds."""
+        """End every worker and give back what was kept for them."""
         self._stopping = True
-        gone = []
-        for process in self._processes.values():
-            os.kill(process.pid, signal.SIGTERM)
-            gone.append(asyncio.create_task(_wait_readable(process.pidfd)))
-        if gone:
-            await asyncio.wait(gone, timeout=_STOP_S)
-        for process in list(self._processes.values()):
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(process.pid, signal.SIGKILL)
-            await _wait_readable(process.pidfd)
-            os.waitpid(process.pid, 0)
-            self._forget(process)
+        await self._end(list(self._processes.values()))
         for task in self._tasks:
             task.cancel()
         for _, fd in self._mappings.values():
             os.close(fd)
         for fd in self._fds.values():
             os.close(fd)
+
+    async def _end(self, processes: list[_Process]) -> None:
+        """End processes: ask, insist after two seconds, and wait."""
+        gone = [asyncio.create_task(_readable(p.pidfd)) for p in processes]
+        for process in processes:
+            os.kill(process.pid, signal.SIGTERM)
+        if gone:
+            await asyncio.wait(gone, timeout=_STOP_S)
+        for process in processes:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(process.pid, signal.SIGKILL)
+            await _readable(process.pidfd)
+            os.waitpid(process.pid, 0)
+            self._forget(process)
 
     async def _start_until_ready(self, numbers: Iterable[int]) -> None:
         self._all_ready = asyncio.get_running_loop().create_future()
@@ -356,9 +363,6 @@ class Workers:
     # --- death ---
 
     def _on_death(self, process: _Process) -> None:
-        if self._stopping:
-            asyncio.get_running_loop().remove_reader(process.pidfd)
-            return
         _, status = os.waitpid(process.pid, 0)
         code = os.waitstatus_to_exitcode(status)
         cause = signal.Signals(-code).name if code < 0 else f"exit code {code}"
@@ -427,7 +431,7 @@ class Workers:
             if not answer.done():
                 answer.set_result(0)
 
-    def _later(self, work: Any) -> None:
+    def _later(self, work: Coroutine[Any, Any, None]) -> None:
         task = asyncio.create_task(work)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
@@ -447,13 +451,3 @@ class Workers:
         return sum(
             self._role(number) == ROLE_ACTIVE for number in self._ready_numbers()
         )
-
-
-async def _wait_readable(fd: int) -> None:
-    loop = asyncio.get_running_loop()
-    ready = loop.create_future()
-    loop.add_reader(fd, lambda: ready.done() or ready.set_result(None))
-    try:
-        await ready
-    finally:
-        loop.remove_reader(fd)

@@ -5,8 +5,8 @@
       set_memory, start_ring ..., enable_ring
       stop_ring   -> where the ring stands
 
-Requests are synchronous. With REPLY_ACK negotiated and `ack` on, each request that has
-no reply of its own asks for an acknowledgement, so an error is raised at its cause and a
+Requests are synchronous. With REPLY_ACK negotiated and `ack` on, each request that has no
+reply of its own asks for an acknowledgement, so an error is raised at its cause and a
 return means that the back-end has done it; `request` lets tests choose per message.
 
 vhost-user: every chapter but migration, postcopy and in-flight tracking.
@@ -16,8 +16,9 @@ import contextlib
 import os
 import socket
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Final, NamedTuple, Self
+from typing import Final, Self
 
 from ports.vhost import virtio
 from ports.vhost.messages import (
@@ -48,7 +49,8 @@ DRIVER_OK: Final = 0xF  # ACKNOWLEDGE, DRIVER, DRIVER_OK, FEATURES_OK
 DEFAULT_ORDER: Final = ("num", "base", "addr", "kick", "call", "enable")
 
 
-class RingSetup(NamedTuple):
+@dataclass(frozen=True)
+class RingSetup:
     """What the back-end has to know of one virtqueue."""
 
     index: int

@@ -22,6 +22,9 @@ _FIRST_GPA: Final = 1 << 30
 HOLE: Final = 1 << 32
 
 
+Bytes = np.ndarray[tuple[int], np.dtype[np.uint8]]
+
+
 class Place(NamedTuple):
     """The same bytes, here and in the guest's eyes."""
 

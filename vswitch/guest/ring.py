@@ -5,12 +5,12 @@ A ring has `slots`: a buffer each, and the descriptor chain that shows it to the
     free slot -> describe -> offer -> publish ~~> device ~~> reap (transmit)
                                                         or  receive, offer again
 
-Slots are taken oldest first, so with a device that works in order the slot at position p
+Slots are taken oldest first, so with a device that works in order the slot at a position
 of the available ring stays the same for ever; the raw traffic loop lives off that.
 
 A device that misbehaves is counted (`bad_*`), never trusted: an id that is not out, a
-length that cannot be, a header whose num_buffers is wrong. All counts stay 0 with a sane
-one, so this is also a test of the device.
+length that cannot be, a header whose num_buffers is wrong. All counts stay 0 with a
+sane one, so this is also a test of the device.
 
 virtio 1.2 §2.7 split virtqueues, §5.1.6 network device operation.
 """

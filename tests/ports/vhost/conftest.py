@@ -1,10 +1,10 @@
-import os
+from pathlib import Path
 
 import pytest
 
 
 def open_fds():
-    return len(os.listdir("/proc/self/fd"))
+    return len(list(Path("/proc/self/fd").iterdir()))
 
 
 @pytest.fixture

@@ -163,7 +163,7 @@ def test_peer_that_leaves_between_messages(pair):
     send(peer, GET)
     peer.close()
     assert channel.receive(0) is not None
-    with pytest.raises(EOFError, match="closed the connection$"):
+    with pytest.raises(EOFError, match=r"closed the connection$"):
         channel.receive(0)
 
 
@@ -224,10 +224,12 @@ def test_reply_arrives(pair):
 def test_peer_that_never_reads_is_given_up(pair):
     channel, _ = pair
     reply = encode_reply(Request.GET_FEATURES, U64(1))
+    while not channel.wants_write:
+        channel.send(reply)
+    for _ in range(MAX_QUEUED // len(reply) - 1):
+        channel.send(reply)
     with pytest.raises(ProtocolError, match="does not read its replies"):
-        for _ in range(10_000_000):
-            channel.send(reply)
-    assert channel.wants_write
+        channel.send(reply)
 
 
 def test_replies_that_had_to_wait_arrive_in_order(pair):
@@ -236,7 +238,6 @@ def test_replies_that_had_to_wait_arrive_in_order(pair):
     while not channel.wants_write:
         sent += (reply := os.urandom(20))
         channel.send(reply)
-    assert len(sent) > MAX_QUEUED
     received = b""
     while len(received) < len(sent):
         received += peer.recv(65536)
