@@ -1,5 +1,3 @@
 """A multiprocess shared-memory packet switch for virtual machines."""
 
-from typing import Final
-
-__version__: Final = "0.1.0"
+__version__ = "0.1.0"

@@ -354,7 +354,7 @@ class Workers:
             some = numbers[at : at + protocol.MAX_FDS]
             self._tell(process, "fds", some, fds=[self._fds[n] for n in some])
         process.ready = True
-        if self._count_active() < self._options.active:
+        if self._is_needed(process.number):
             self._shared.workers[process.number]["role"] = ROLE_ACTIVE
             self._adopt_orphans(process)
         self._tell(process, "sync", NOBODY)
@@ -447,7 +447,12 @@ class Workers:
     def _role(self, number: int) -> int:
         return int(self._shared.workers[number]["role"])
 
-    def _count_active(self) -> int:
-        return sum(
-            self._role(number) == ROLE_ACTIVE for number in self._ready_numbers()
-        )
+    def _is_needed(self, number: int) -> bool:
+        """Whether a worker that is ready now is to forward, not to be a spare.
+
+        At the start those with the first numbers are; later whoever fills a gap.
+        """
+        if self._all_ready and not self._all_ready.done():
+            return number < self._options.active
+        active = [n for n in self._ready_numbers() if self._role(n) == ROLE_ACTIVE]
+        return len(active) < self._options.active
