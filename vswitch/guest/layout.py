@@ -11,6 +11,7 @@ import numpy as np
 from ports.native import Record, Records
 from ports.vhost.virtio import (
     AVAIL_IDX,
+    AVAIL_RING,
     DESC_SIZE,
     F_EVENT_IDX,
     F_INDIRECT_DESC,
@@ -155,10 +156,15 @@ class Layout:
         """Chains that the device has."""
         return self.plan.slots - int(self.ring["free_tail"] - self.ring["free_head"])
 
+    def device_position(self) -> int:
+        """The used index, which is how far the device has come."""
+        word = self._memory.view(int(self.ring["used"]) + USED_IDX, 2)
+        return int.from_bytes(word.tobytes(), "little")
+
     @property
     def avail_entries(self) -> "np.ndarray[tuple[int], np.dtype[np.uint16]]":
         """The available ring's heads, by position."""
-        addr = int(self.ring["avail"]) + 4
+        addr = int(self.ring["avail"]) + AVAIL_RING
         return self._memory.view(addr, 2 * self.plan.size).view(np.uint16)
 
     @property

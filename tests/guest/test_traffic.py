@@ -1,0 +1,152 @@
+"""Numbered streams, over the echoing back-end: what a guest sends, it receives."""
+
+import numpy as np
+import pytest
+
+from vswitch.guest import GuestError, stream
+from vswitch.guest.traffic import Generator, Sink, Totals, hammer, latency, run
+
+
+def stream_through(generator, sink, count):
+    return run([generator], [sink], seconds=30, linger=10, enough=count)
+
+
+@pytest.fixture
+def counter():
+    """A sink's record for arrivals made up by hand, and its flows."""
+    flows = np.zeros(2, stream.FLOW)
+    sink = np.zeros(1, stream.SINK)[0]
+    sink["flows"], sink["n_flows"] = flows.ctypes.data, len(flows)
+    return sink, flows
+
+
+def arrive(sink, *numbers, flow=0):
+    for number in numbers:
+        stream._arrived(sink, stream._word(flow, number))
+
+
+def counts(flow):
+    names = ("received", "lost", "longest_gap", "reordered", "duplicates")
+    return tuple(int(flow[name]) for name in names)
+
+
+def test_numbers_in_order_are_clean(counter):
+    sink, flows = counter
+    arrive(sink, *range(10))
+    assert counts(flows[0]) == (10, 0, 0, 0, 0)
+
+
+def test_a_gap_is_lost(counter):
+    sink, flows = counter
+    arrive(sink, 0, 1, 5, 7)
+    assert counts(flows[0]) == (4, 4, 3, 0, 0)
+
+
+def test_what_comes_late_was_not_lost_but_reordered(counter):
+    sink, flows = counter
+    arrive(sink, 0, 5, 3, 1, 4, 2)
+    assert counts(flows[0]) == (6, 0, 4, 4, 0)
+
+
+def test_what_comes_again_is_a_duplicate(counter):
+    sink, flows = counter
+    arrive(sink, 0, 0, 3, 1, 1, 3)
+    assert counts(flows[0]) == (3, 1, 2, 1, 3)
+
+
+def test_flows_are_counted_apart(counter):
+    sink, flows = counter
+    arrive(sink, 0, 1)
+    arrive(sink, 0, 1, 2, flow=1)
+    arrive(sink, 2)
+    arrive(sink, 0, flow=2)
+    assert int(sink["foreign"]) == 1
+    assert counts(flows[0]) == counts(flows[1]) == (3, 0, 0, 0, 0)
+
+
+@pytest.mark.parametrize("start", [0, 65000])
+def test_built_frames_of_all_lengths_pass_unharmed(attach, start):
+    guest = attach(queue_size=64, start_index=start)
+    generator = Generator(guest, guest, (28, 1514), raw=False, verify=True, frames=300)
+    totals = stream_through(generator, Sink(guest, raw=False, verify=True), 300)
+    assert totals.clean
+    assert (totals.sent, totals.received) == (300, 300)
+    assert totals.bytes == generator.record["bytes"]
+    assert guest.faults() == {}
+
+
+@pytest.mark.parametrize("start", [0, 65000])
+def test_raw_frames_pass_and_the_rings_stay_usable(attach, start):
+    guest = attach(queue_size=64, start_index=start)
+    guest.send_all(bytes(60))
+    assert guest.receive(timeout=5.0) == [bytes(60)]
+    for _ in range(2):
+        generator = Generator(guest, guest, frames=1000)
+        totals = stream_through(generator, Sink(guest), 1000)
+        assert totals.clean
+        assert (totals.received, totals.bytes) == (1000, 64000)
+    guest.send_all(bytes(60))
+    assert guest.receive(timeout=5.0) == [bytes(60)]
+    assert guest.faults() == {}
+
+
+def test_numbers_go_on_from_run_to_run(attach):
+    guest = attach(queue_size=64)
+    generator, sink = Generator(guest, guest, frames=100), Sink(guest)
+    assert stream_through(generator, sink, 100).clean
+    generator.record["limit"] = 150
+    totals = stream_through(generator, sink, 50)
+    assert (totals.sent, totals.received, totals.lost) == (50, 50, 0)
+
+
+def test_a_damaged_frame_is_counted(attach):
+    guest = attach(queue_size=64)
+    generator = Generator(guest, guest, 100, raw=False, verify=True, frames=1)
+    plain = Generator(guest, guest, 100, raw=False, frames=2)
+    plain.record["next"] = 1
+    sink = Sink(guest, raw=False, verify=True)
+    totals = run([generator, plain], [sink], seconds=30, linger=10, enough=2)
+    assert (totals.received, totals.corrupt) == (2, 1)
+
+
+def test_foreign_frames_are_not_ours(attach):
+    guest = attach(queue_size=64)
+    ours = Generator(guest, guest, raw=False, frames=1)
+    other = Generator(guest, guest, raw=False, frames=2, flow=5)
+    sink = Sink(guest, raw=False)
+    totals = run([ours, other], [sink], seconds=30, linger=10, enough=3)
+    assert (totals.received, totals.foreign) == (1, 2)
+
+
+def test_single_frames_are_timed(attach):
+    guest = attach()
+    times = hammer(guest, guest, 20, (0.0, 20.0), timeout=10)
+    assert (times.rounds, times.arrived) == (20, 20)
+    assert 0 < times.percentile(50) <= times.max_us
+    assert latency(guest, guest, 3).arrived == 3
+
+
+def test_a_frame_that_does_not_come_ends_the_hammering(attach):
+    guest = attach()
+    guest.stop()
+    times = hammer(guest, guest, 50, (0.0, 1.0), timeout=0.01)
+    assert (times.arrived, times.max_us) == (0, 0.0)
+
+
+@pytest.mark.parametrize(
+    ("options", "text"),
+    [
+        ({"length": 27}, "has 28 to"),
+        ({"length": 2037}, "tx_buffer_len"),
+        ({"length": (60, 70)}, "raw=False"),
+        ({"verify": True}, "raw=False"),
+    ],
+)
+def test_what_a_generator_cannot_do_is_said(attach, options, text):
+    guest = attach()
+    with pytest.raises(GuestError, match=text):
+        Generator(guest, guest, **options)
+
+
+def test_rates_of_nothing_are_zero():
+    assert (Totals().mpps, Totals().gbps) == (0.0, 0.0)

@@ -1,0 +1,376 @@
+"""Numbered traffic between guests: rates, losses, order, content, wake-up times.
+
+    totals = run([Generator(a, dst=b)], [Sink(b)], seconds=1.0)
+    print(totals.mpps, totals.lost)
+
+One call drives all its rings in turn on the calling thread, without the GIL: for full
+speed put it on a core of its own. Generators and sinks keep their numbers from call to
+call. See `stream` for what raw and built mean.
+"""
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from functools import cache
+from typing import Any, Final
+
+import numpy as np
+
+from ports.native import jit, rdtsc
+from vswitch.guest import ring as driver
+from vswitch.guest import stream
+from vswitch.guest.errors import GuestError
+from vswitch.guest.guest import Guest, mac_bytes
+from vswitch.guest.layout import Layout
+
+ETHERTYPE: Final = 0x88B5  # for local experiments, IEEE 802
+_NO_LIMIT: Final = 1 << 39
+_ROOM: Final = 1 << 20
+_COUNTED: Final = ("lost", "reordered", "duplicates", "corrupt", "received")
+
+
+@dataclass
+class Totals:
+    """What one `run` did; the counts are of this run alone."""
+
+    sent: int = 0
+    received: int = 0
+    bytes: int = 0  # of frames received
+    foreign: int = 0
+    lost: int = 0
+    longest_gap: int = 0  # of all runs
+    reordered: int = 0
+    duplicates: int = 0
+    corrupt: int = 0
+    cycles: int = 0
+    seconds: float = 0.0  # of the part in which frames were sent
+
+    @property
+    def mpps(self) -> float:
+        """Million frames received a second."""
+        return self.received / self.seconds / 1e6 if self.seconds else 0.0
+
+    @property
+    def gbps(self) -> float:
+        """Gigabits of frames received a second."""
+        return self.bytes * 8 / self.seconds / 1e9 if self.seconds else 0.0
+
+    @property
+    def clean(self) -> bool:
+        """Whether nothing was lost, doubled, out of order or damaged."""
+        bad = self.lost + self.reordered + self.duplicates + self.corrupt
+        return bad == 0 and self.sent == self.received
+
+
+@dataclass
+class Latencies:
+    """Times from sending a frame to having it, in microseconds."""
+
+    rounds: int
+    us: "np.ndarray[Any, np.dtype[np.floating[Any]]]"  # of those that arrived
+
+    @property
+    def arrived(self) -> int:
+        """How many came before the time was up; fewer than `rounds`: one was late."""
+        return int(self.us.size)
+
+    @property
+    def max_us(self) -> float:
+        """The slowest."""
+        return float(self.us.max(initial=0.0))
+
+    def percentile(self, percent: float) -> float:
+        """What `percent` of the frames did not exceed."""
+        return float(np.percentile(self.us, percent)) if self.us.size else 0.0
+
+
+class Generator:
+    """Sends numbered frames from one ring of a guest."""
+
+    def __init__(
+        self,
+        guest: Guest,
+        dst: Guest | str | bytes,
+        length: int | tuple[int, int] = 64,
+        *,
+        flow: int = 0,
+        queue: int = 0,
+        raw: bool = True,
+        verify: bool = False,
+        burst: int = 64,
+        frames: int = _NO_LIMIT,
+    ) -> None:
+        """Set up a stream.
+
+        Args:
+            guest: Who sends.
+            dst: To whom.
+            length: Bytes of a frame, or a range of lengths; raw takes only one.
+            flow: A number that tells streams to one sink apart, below its `flows`.
+            queue: The queue pair to send on.
+            raw: Write frames once, then only number them.
+            verify: Fill each payload anew for the sink to check; not raw.
+            burst: Frames at a time.
+            frames: How many to send in all.
+        """
+        least, most = (length, length) if isinstance(length, int) else length
+        layout = guest.layouts[2 * queue + 1]
+        self._check(layout, least, most, raw=raw, verify=verify)
+        self.layout, self.length = layout, most
+        mac = dst.mac if isinstance(dst, Guest) else mac_bytes(dst)
+        start = mac + guest.mac + ETHERTYPE.to_bytes(2, "big")
+        start += least.to_bytes(2, "little") if least == most else bytes(2)
+        self._template = np.zeros(stream.WORD_OFFSET, np.uint8)
+        self._template[: len(start)] = np.frombuffer(start, np.uint8)
+        self.table = np.zeros(1, stream.GENERATOR)
+        self.record = self.table[0]
+        _assign(
+            self.record,
+            ring=_address(guest.rings, 2 * queue + 1),
+            raw=raw,
+            fill=verify,
+            burst=burst,
+            flow=flow,
+            limit=frames,
+            min_len=least,
+            max_len=most,
+            template=self._template.ctypes.data,
+        )
+
+    @staticmethod
+    def _check(
+        layout: Layout, least: int, most: int, *, raw: bool, verify: bool
+    ) -> None:
+        room = int(layout.ring["buffer_len"] - layout.ring["header_len"])
+        if not stream.MIN_LENGTH <= least <= most <= room:
+            raise GuestError(
+                f"cannot send frames of {least} to {most} bytes: a numbered frame has "
+                f"{stream.MIN_LENGTH} to {room} (the guest's tx_buffer_len)"
+            )
+        if raw and (least != most or verify or layout.plan.chain != 1):
+            raise GuestError(
+                "cannot send raw: it takes one length, no verify and one descriptor "
+                "a frame (use raw=False)"
+            )
+
+    @property
+    def sent(self) -> int:
+        """Frames so far."""
+        return int(self.record["next"])
+
+    def prepare(self) -> None:
+        """Write what stays the same in all frames; raw only."""
+        if not self.record["raw"]:
+            return
+        layout, ring = self.layout, self.layout.ring
+        driver.reap(ring)
+        if layout.outstanding:
+            raise GuestError("cannot send raw: earlier frames are still in the ring")
+        size, header = layout.plan.size, int(ring["header_len"])
+        layout.buffers[:, :header] = 0
+        layout.buffers[:, header : header + stream.WORD_OFFSET] = self._template
+        for slot in range(size):
+            driver.describe(ring, slot, header + self.length, 0)
+        layout.avail_entries[:] = np.arange(size)
+
+    def finish(self, deadline: float) -> None:
+        """Wait until every frame came back, so that the ring can be used otherwise."""
+        if not self.record["raw"]:
+            return
+        layout, ring = self.layout, self.layout.ring
+        position = int(ring["avail_idx"])
+        while layout.device_position() != position:
+            if time.monotonic() > deadline:
+                raise GuestError("the switch keeps frames that were sent")
+            time.sleep(0)
+        ring["used_idx"] = position
+        layout.all_free(position)
+
+
+class Sink:
+    """Counts numbered frames at one ring of a guest."""
+
+    def __init__(
+        self,
+        guest: Guest,
+        flows: int = 1,
+        *,
+        queue: int = 0,
+        raw: bool = True,
+        verify: bool = False,
+        burst: int = 64,
+    ) -> None:
+        """Set up the receiver of streams 0 to `flows` - 1."""
+        if not 0 < flows <= stream.MAX_FLOWS:
+            raise GuestError(f"cannot tell {flows} flows apart: 1 to 256 are possible")
+        self.layout = guest.layouts[2 * queue]
+        self.flows = np.zeros(flows, stream.FLOW)
+        self._scratch = np.zeros(0 if raw else _ROOM, np.uint8)
+        self.table = np.zeros(1, stream.SINK)
+        self.record = self.table[0]
+        _assign(
+            self.record,
+            ring=_address(guest.rings, 2 * queue),
+            raw=raw,
+            check=verify,
+            burst=burst,
+            flows=self.flows.ctypes.data,
+            n_flows=flows,
+            scratch=self._scratch.ctypes.data,
+            room=self._scratch.size,
+        )
+
+    def prepare(self) -> None:
+        """Drop what arrived before; make sure that raw will do."""
+        ring = self.layout.ring
+        length = np.zeros(1, np.int64)
+        drop = np.zeros(_ROOM, np.uint8)
+        while driver.receive_frames(
+            ring, int(drop.ctypes.data), drop.size, length, length
+        ):
+            pass
+        order = np.arange(self.layout.plan.size)
+        if self.record["raw"] and not (
+            self.layout.plan.chain == 1 and (self.layout.avail_entries == order).all()
+        ):
+            raise GuestError(
+                "cannot receive raw: it takes one descriptor a buffer, all of them "
+                "offered, in order (use raw=False)"
+            )
+
+
+def run(
+    generators: Sequence[Generator],
+    sinks: Sequence[Sink],
+    seconds: float = 1.0,
+    linger: float = 0.05,
+    enough: int = _NO_LIMIT,
+) -> Totals:
+    """Send for `seconds` or up to the limits, then receive until nothing comes any more.
+
+    Args:
+        generators: Who sends, in turn.
+        sinks: Who receives, in turn with them.
+        seconds: How long to send.
+        linger: How long nothing has to come before it is over.
+        enough: How many frames, over all sinks, end it at once.
+
+    Raises:
+        GuestError: A ring cannot be used in this way, or the switch kept frames.
+    """
+    for sink in sinks:
+        sink.prepare()
+    for generator in generators:
+        generator.prepare()
+    before = _count(generators, sinks)
+    hz = tsc_hz()
+    offsets, lengths = np.zeros((2, 1024), np.int64)
+    sending = np.array([g.record for g in generators], stream.GENERATOR)
+    receiving = np.array([s.record for s in sinks], stream.SINK)
+    cycles = stream.exchange(
+        int(sending.ctypes.data),
+        len(sending),
+        int(receiving.ctypes.data),
+        len(receiving),
+        int(seconds * hz),
+        int(linger * hz),
+        enough,
+        offsets,
+        lengths,
+    )
+    for generator, row in zip(generators, sending, strict=True):
+        generator.table[0] = row
+        generator.finish(time.monotonic() + 5)
+    for sink, row in zip(sinks, receiving, strict=True):
+        sink.table[0] = row
+    after = _count(generators, sinks)
+    totals = Totals(
+        **{
+            field.name: getattr(after, field.name) - getattr(before, field.name)
+            for field in fields(Totals)
+        }
+    )
+    totals.longest_gap = after.longest_gap
+    totals.cycles, totals.seconds = cycles, cycles / hz
+    return totals
+
+
+def hammer(
+    tx: Guest,
+    rx: Guest,
+    rounds: int,
+    gap_us: tuple[float, float] = (0.0, 100.0),
+    timeout: float = 1.0,
+) -> Latencies:
+    """Send one frame at a time, a varying gap after the one before arrived.
+
+    With gaps around the time after which a worker goes to sleep, this finds lost kicks:
+    it ends at the first frame that is not there after `timeout` seconds.
+    """
+    generator = Generator(tx, rx, raw=False, burst=1)
+    sink = Sink(rx, raw=False, burst=64)
+    sink.prepare()
+    hz = tsc_hz()
+    offsets, lengths = np.zeros((2, 64), np.int64)
+    times = np.zeros(rounds, np.int64)
+    arrived = stream.hammer(
+        generator.record,
+        sink.record,
+        int(gap_us[0] * hz / 1e6),
+        int(gap_us[1] * hz / 1e6),
+        int(timeout * hz),
+        offsets,
+        lengths,
+        times,
+    )
+    return Latencies(rounds, times[:arrived] * (1e6 / hz))
+
+
+def latency(tx: Guest, rx: Guest, rounds: int) -> Latencies:
+    """The time of single frames with no gap between them."""
+    return hammer(tx, rx, rounds, (0.0, 0.0))
+
+
+@cache
+def tsc_hz() -> float:
+    """Cycles a second of the counter that `rdtsc` reads."""
+    _cycles()
+    began_ns, began = time.perf_counter_ns(), _cycles()
+    while time.perf_counter_ns() - began_ns < 20_000_000:
+        pass
+    took_ns, took = time.perf_counter_ns() - began_ns, _cycles() - began
+    return took / took_ns * 1e9
+
+
+@jit
+def _cycles() -> int:
+    return rdtsc()
+
+
+def _count(generators: Sequence[Generator], sinks: Sequence[Sink]) -> Totals:
+    totals = Totals(sent=sum(generator.sent for generator in generators))
+    for sink in sinks:
+        totals.foreign += int(sink.record["foreign"])
+        for name in _COUNTED:
+            value = getattr(totals, name) + int(sink.flows[name].sum())
+            setattr(totals, name, value)
+        longest = int(sink.flows["longest_gap"].max())
+        totals.longest_gap = max(totals.longest_gap, longest)
+        totals.bytes += int(sink.record["bytes"])
+        if sink.record["raw"]:
+            # Lengths are not looked at; those of the stream tell.
+            for generator in generators:
+                flow = int(generator.record["flow"])
+                if generator.record["raw"] and flow < len(sink.flows):
+                    arrived = int(sink.flows[flow]["received"])
+                    totals.bytes += arrived * generator.length
+    return totals
+
+
+def _assign(record: Any, **values: int) -> None:  # noqa: ANN401 a structured scalar
+    for name, value in values.items():
+        record[name] = int(value)
+
+
+def _address(records: "np.ndarray[Any, np.dtype[Any]]", row: int) -> int:
+    return int(records.ctypes.data) + row * records.dtype.itemsize
