@@ -1,0 +1,16 @@
+"""What a test needs of the machine; each skip says what is missing."""
+
+import os
+import shutil
+
+import pytest
+
+
+def require_root():
+    if os.geteuid() != 0:
+        pytest.skip("needs root, for taps and network namespaces")
+
+
+def require_command(command, package):
+    if shutil.which(command) is None:
+        pytest.skip(f"needs {command} (apt-get install {package})")

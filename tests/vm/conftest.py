@@ -1,0 +1,57 @@
+import shutil
+import tempfile
+from pathlib import Path
+
+import pytest
+
+from tests import requirements
+from tests.netns.namespace import Namespace
+from tests.vm import testpmd
+from tests.vm.lab import Lab
+from vswitch.demo import image, qemu
+
+
+@pytest.fixture(scope="session")
+def guest_image():
+    """Debian's kernel and busybox; the first time they are downloaded."""
+    requirements.require_command(qemu.QEMU, "qemu-system-x86")
+    if image.cached() is None:
+        requirements.require_command("apt-get", "apt")
+    return image.prepare()
+
+
+@pytest.fixture
+def short_path():
+    """A directory with a short name: a socket's path has 107 bytes at most."""
+    directory = Path(tempfile.mkdtemp(prefix="vsw-"))
+    yield directory
+    shutil.rmtree(directory, ignore_errors=True)
+
+
+@pytest.fixture
+def lab(short_path, guest_image):
+    """A switch for QEMU guests."""
+    with Lab(short_path, guest_image) as it:
+        yield it
+
+
+@pytest.fixture
+def namespace():
+    requirements.require_root()
+    with Namespace() as it:
+        yield it
+
+
+@pytest.fixture
+def uplink_lab(short_path, guest_image, namespace):
+    """A switch in a namespace, where its tap is."""
+    with Lab(short_path, guest_image, namespace.prefix) as it:
+        yield it
+
+
+@pytest.fixture
+def dpdk_lab(short_path):
+    """A switch for testpmds."""
+    requirements.require_command(testpmd.TESTPMD, "dpdk-dev")
+    with Lab(short_path) as it:
+        yield it
