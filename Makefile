@@ -1,1 +1,42 @@
-# placeholder, written by the demo part
+# Bare `make` lists the targets; anything longer than a line is in .ci/ or a tool's own file.
+.DEFAULT_GOAL := help
+.PHONY: help setup setup-tests demo test check lint test-fast test-python bench format clean
+
+BIN := .venv/bin
+UNIT := tests/control tests/datapath tests/ports tests/test_architecture.py
+
+help: ## list the targets
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  \1\t\2/p' $(firstword $(MAKEFILE_LIST)) | expand -t 16
+
+setup: .stamps/demo ## make .venv; as root also install missing Debian packages
+
+setup-tests: .stamps/tests ## the same, with what only the tests need
+
+.stamps/%: pyproject.toml .ci/setup.sh
+	@.ci/setup.sh $* && mkdir -p $(@D) && touch $@
+
+demo: setup ## two real guests talk through the switch, then throughput
+	@$(BIN)/vswitch demo
+
+test: setup-tests ## run every test; with CI=true a skipped test is a failure
+	@$(BIN)/python -m pytest
+
+check: lint test ## what CI runs: format, lint, types, spelling, tests
+
+lint: setup-tests
+	@$(BIN)/ruff format --check . && $(BIN)/ruff check . && $(BIN)/mypy && $(BIN)/codespell
+
+test-fast: setup-tests ## run the tests that need no processes
+	@$(BIN)/python -m pytest $(UNIT)
+
+test-python: setup-tests ## run the unit tests with Numba switched off
+	@NUMBA_DISABLE_JIT=1 $(BIN)/python -m pytest $(UNIT)
+
+bench: setup-tests ## measure guest to guest
+	@$(BIN)/python bench/guest_to_guest.py
+
+format: setup-tests ## rewrite the sources as ruff likes them
+	@$(BIN)/ruff format . && $(BIN)/ruff check --fix .
+
+clean: ## remove what was made here; caches in the home directory stay
+	@rm -rf .venv .stamps .mypy_cache .ruff_cache .pytest_cache .hypothesis dist build

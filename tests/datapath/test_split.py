@@ -1,5 +1,6 @@
 """Split rings and forwarding, seen from the driver: shapes, hostility, notifications."""
 
+import itertools
 import struct
 
 import pytest
@@ -166,7 +167,7 @@ def test_reserved_addresses_pass_if_the_switch_says_so(bench, pair, forwarded):
 
 def pieces_of(data, cuts):
     edges = [0, *cuts, len(data)]
-    return [data[i:j] for i, j in zip(edges, edges[1:], strict=False)]
+    return [data[i:j] for i, j in itertools.pairwise(edges)]
 
 
 @pytest.mark.parametrize(
@@ -306,7 +307,7 @@ def test_an_indirect_table_that_was_not_negotiated_is_refused(bench):
 
 
 def test_frames_too_short_or_too_long_are_counted(bench, pair):
-    a, b = pair
+    a, _b = pair
     a.send(bytes(13))
     a.send(bytes(65554), index=1, offset=0x60000)
     bench.turn()
@@ -316,7 +317,7 @@ def test_frames_too_short_or_too_long_are_counted(bench, pair):
 
 @pytest.mark.parametrize("split_header", [False, True])
 def test_a_header_that_asks_for_an_offload_is_refused(bench, pair, split_header):
-    a, b = pair
+    a, _b = pair
     data = struct.pack("<BBHHHHH", 1, 0, 0, 0, 34, 6, 0) + frame_to(B, A)
     gpa = a.put(0x20000, data)
     if split_header:
@@ -380,7 +381,7 @@ def test_the_longest_frame_passes_through_mergeable_buffers(bench):
 
 
 def test_without_mergeable_buffers_a_long_frame_is_dropped(bench, pair):
-    a, b = pair
+    a, _b = pair
     c = bench.guest(C, features=F_VERSION_1)
     c.post(4, length=512)
     a.send(frame_to(C, A, 501))
@@ -428,7 +429,7 @@ def test_a_legacy_header_has_ten_bytes(bench, pair, header_len):
 
 
 def test_a_readable_receive_buffer_is_never_written(bench, pair):
-    a, b = pair
+    a, _b = pair
     c = bench.guest(C)
     c.rx.describe(0, GPA + 0x50000, 2048)
     c.rx.describe(1, GPA + 0x51000, 2048, WRITE)
@@ -442,7 +443,7 @@ def test_a_readable_receive_buffer_is_never_written(bench, pair):
 
 
 def test_a_receive_buffer_outside_memory_is_returned_empty(bench, pair):
-    a, b = pair
+    a, _b = pair
     c = bench.guest(C)
     c.rx.describe(0, GPA + MEMORY - 10, 2048, WRITE)
     c.rx.offer(0)
@@ -536,7 +537,7 @@ def test_event_idx_calls_exactly_when_the_used_index_passes(bench):
     b.post(16, length=1024)
     called = []
     b.rx.set_used_event((65530 + 7) & 0xFFFF)  # beyond the wrap
-    for i in range(10):
+    for _i in range(10):
         a.send(frame_to(B, A))
         bench.turn()
         called.append(b.calls())
@@ -589,7 +590,7 @@ def test_a_ring_is_taken_up_where_its_used_index_says(bench, pair):
 
 
 def test_a_kind_without_a_data_path_moves_nothing(bench, pair):
-    a, b = pair
+    a, _b = pair
     bench.plane.shared.ports[A]["kind"] = KIND_VHOST_USER + 100
     a.send(frame_to(B, A))
     assert bench.turn() == 0

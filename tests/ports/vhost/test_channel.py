@@ -16,6 +16,7 @@ from ports.vhost.messages import (
     encode_reply,
     encode_request,
 )
+from tests.ports.vhost.conftest import open_fds
 
 pytestmark = pytest.mark.usefixtures("no_fd_leak")
 
@@ -153,9 +154,11 @@ def test_descriptors_that_do_not_fit_into_our_table_end_the_session(pair):
 )
 def test_bad_header_ends_the_session_and_its_descriptors(pair, header):
     channel, peer = pair
+    before = open_fds()
     send_files(peer, bytes.fromhex(header), 5)
     with pytest.raises(ProtocolError):
         channel.receive(0)
+    assert open_fds() == before
 
 
 def test_peer_that_leaves_between_messages(pair):

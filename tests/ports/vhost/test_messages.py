@@ -39,6 +39,14 @@ REGION_BYTES = (
     "00000000007f0000"  # front-end address
     "0030000000000000"  # offset in the file
 )
+ADDR_BYTES = (
+    "01000000"  # ring
+    "01000000"  # flags
+    "1000000000000000"  # descriptor table
+    "2000000000000000"  # used ring
+    "3000000000000000"  # available ring
+    "4000000000000000"  # log
+)
 
 # request, payload, the payload's bytes
 GOLDEN = [
@@ -54,12 +62,7 @@ GOLDEN = [
     (
         Request.SET_VRING_ADDR,
         VringAddr(1, 1, desc=0x10, used=0x20, avail=0x30, log=0x40),
-        "01000000"
-        "01000000"
-        "1000000000000000"
-        "2000000000000000"
-        "3000000000000000"
-        "4000000000000000",
+        ADDR_BYTES,
     ),
     (
         Request.SET_MEM_TABLE,
