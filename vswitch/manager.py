@@ -4,33 +4,34 @@
 
 It makes the segment, starts the workers, serves commands on the control socket and holds
 the ports. Whoever started it reads progress and the outcome of the start from the status
-descriptor. SIGTERM, SIGINT and the command `down` end everything and leave nothing behind
-but the log.
+descriptor; without one they go to the log. SIGTERM, SIGINT and the command `down` end
+everything and leave nothing behind but the log.
 """
 
 import argparse
 import asyncio
 import contextlib
-import fcntl
 import logging
 import os
 import resource
 import signal
 import sys
 import time
-from collections.abc import Awaitable, Callable, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
-from typing import Any, Final, Protocol
+from typing import Any, Final, NoReturn, Protocol
 
 import msgpack
 
-from ports.base import MAX_PORTS, RINGS_PER_PORT
+from ports.base import MAX_PAIRS, MAX_PORTS, RINGS_PER_PORT
 from ports.errors import PortError
 from ports.tap import TapPort, check_name
 from ports.vhost_user import State, VhostUserPort, remove_stale
 from vswitch import __version__, snapshot
 from vswitch import shared as segment
-from vswitch.errors import EXIT_FAILED, VswitchError
+from vswitch.control import config, endpoint, rundir
+from vswitch.control.endpoint import Endpoint
+from vswitch.errors import EXIT_FAILED, ConfigError, VswitchError
 from vswitch.plan import NumberPlan
 from vswitch.records import MAX_WORKERS
 from vswitch.workers import Options, Workers
@@ -39,6 +40,8 @@ _MOST_FILES: Final = 65536
 _MAX_MESSAGE: Final = 1 << 20
 _GUEST_ADDRESSES: Final = 16384
 _UPLINK_ADDRESSES: Final = 65536
+_MADE: Final = "made"  # in the run directory: sockets made outside of it
+_LONGEST_LOG: Final = 8 << 20
 
 _log = logging.getLogger(__name__)
 
@@ -71,9 +74,9 @@ class Port(Protocol):
 class Entry:
     """A port in the manager's table."""
 
-    def __init__(self, slot: int, endpoint: str, port: Port) -> None:
+    def __init__(self, slot: int, leads_to: Endpoint, port: Port) -> None:
         self.slot = slot
-        self.endpoint = endpoint
+        self.endpoint = leads_to
         self.port = port
         self._word = ""
         self._since = time.time()
@@ -86,7 +89,7 @@ class Entry:
         return {
             "name": self.port.name,
             "kind": self.port.kind,
-            "endpoint": self.endpoint,
+            "endpoint": self.endpoint.text,
             "mode": self.port.mode,
             "state": state.word,
             "reason": state.reason,
@@ -130,14 +133,15 @@ class Manager:
         Raises:
             VswitchError: The switch cannot start.
         """
-        with _pid_file(self._run_dir):
+        with rundir.hold(self._run_dir):
+            _trim_log(self._run_dir)
             _remove_leftovers(self._run_dir)
             self._make_segment()
             try:
                 await self._start_and_serve()
             finally:
                 segment.remove(self._run_dir)
-                for leaf in ("control.sock", "made"):
+                for leaf in (rundir.CONTROL, _MADE):
                     (self._run_dir / leaf).unlink(missing_ok=True)
 
     def _make_segment(self) -> None:
@@ -149,7 +153,7 @@ class Manager:
 
     async def _start_and_serve(self) -> None:
         loop = asyncio.get_running_loop()
-        for number in (signal.SIGTERM, signal.SIGINT):
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
             loop.add_signal_handler(number, self._done.set)
         options = self._options
         self._workers = Workers(
@@ -173,6 +177,8 @@ class Manager:
                 starting.cancel()
             else:
                 await starting
+                for port in self._options.ports:
+                    await self._add_port(port)
                 await self._serve()
         finally:
             await self._close_ports()
@@ -182,7 +188,7 @@ class Manager:
             _log.info("down")
 
     async def _serve(self) -> None:
-        path = self._run_dir / "control.sock"
+        path = self._run_dir / rundir.CONTROL
         server = await asyncio.start_unix_server(self._talk, path, limit=_MAX_MESSAGE)
         path.chmod(0o660)
         async with server:
@@ -267,55 +273,55 @@ class Manager:
             return await self._add_port_alone(wanted)
 
     async def _add_port_alone(self, wanted: Arguments) -> Arguments:
-        name, endpoint = str(wanted["name"]), str(wanted["endpoint"])
+        leads_to = endpoint.parse(str(wanted["endpoint"]), Path("/"))
+        name = endpoint.check_name(str(wanted["name"]))
         mode = str(wanted.get("mode") or "server")
         present = self._entries.get(name)
         if present:
-            same = present.endpoint == endpoint and present.port.mode in ("", mode)
+            same = present.endpoint == leads_to and present.port.mode in ("", mode)
             if same:
                 return self._describe_port(present, changed=False)
-            text = f"cannot add port {name}: the name is taken by {present.endpoint}"
+            taken = f"{present.endpoint.text} {present.port.mode}".strip()
+            text = f"cannot add port {name}: the name is taken by {taken}"
             raise VswitchError(f"{text} (choose another with --name)")
         for entry in self._entries.values():
-            if entry.endpoint == endpoint:
-                text = f"cannot add port {name}: {endpoint} is port {entry.port.name}"
+            if entry.endpoint == leads_to:
+                text = f"cannot add port {name}: {leads_to.text} is {entry.port.name}"
                 raise VswitchError(f"{text} (vswitch del-port {entry.port.name})")
         slot = self._free_slot()
         try:
-            port = self._make_port(slot, name, endpoint, mode, wanted)
-            self._note_made(endpoint)
+            port = self._make_port(slot, name, leads_to, wanted | {"mode": mode})
+            self._note_made(leads_to)
             await port.open()
         except PortError as error:
             self._clear_slot(slot)
             raise VswitchError(f"port {name}: {error}") from error
-        entry = self._entries[name] = Entry(slot, endpoint, port)
-        _log.info("port %s: added endpoint=%s", name, endpoint)
+        entry = self._entries[name] = Entry(slot, leads_to, port)
+        _log.info("port %s: added endpoint=%s", name, leads_to.text)
         return self._describe_port(entry, changed=True)
 
     def _make_port(
-        self, slot: int, name: str, endpoint: str, mode: str, wanted: Arguments
+        self, slot: int, name: str, leads_to: Endpoint, wanted: Arguments
     ) -> Port:
-        kind, _, rest = endpoint.partition(":")
-        limits = {"vhost": _GUEST_ADDRESSES, "tap": _UPLINK_ADDRESSES}
-        if kind not in limits:
-            text = f"unknown endpoint {endpoint} (known: PATH, vhost:PATH, tap:IFNAME)"
-            raise PortError(text)
+        uplink = leads_to.kind == endpoint.TAP
+        most = _number(wanted, "queues", MAX_PAIRS, MAX_PAIRS)
+        limit = _UPLINK_ADDRESSES if uplink else _GUEST_ADDRESSES
+        addresses = _number(wanted, "max_addresses", limit, _UPLINK_ADDRESSES)
         self._clear_slot(slot)
-        record = self._shared.ports[slot]
-        record["max_addresses"] = int(wanted.get("max_addresses") or limits[kind])
+        self._shared.ports[slot]["max_addresses"] = addresses
         header = self._shared.header[0]
         header["port_slots"] = max(int(header["port_slots"]), slot + 1)
-        if kind == "tap":
-            check_name(rest)
-            return TapPort(self._workers, slot, name, rest)
-        pairs = int(wanted.get("queues") or RINGS_PER_PORT // 2)
-        return VhostUserPort(self._workers, slot, name, Path(rest), mode, pairs)
+        if uplink:
+            check_name(leads_to.rest)
+            return TapPort(self._workers, slot, name, leads_to.rest)
+        path, mode = Path(leads_to.rest), wanted["mode"]
+        return VhostUserPort(self._workers, slot, name, path, mode, most)
 
     def _describe_port(self, entry: Entry, *, changed: bool) -> Arguments:
         return {
             "name": entry.port.name,
             "kind": entry.port.kind,
-            "endpoint": entry.endpoint,
+            "endpoint": entry.endpoint.text,
             "mode": entry.port.mode,
             "changed": changed,
         }
@@ -389,45 +395,24 @@ class Manager:
         for field in ("kick_fd", "call_fd", "err_fd"):
             rings[field] = -1
 
-    def _note_made(self, endpoint: str) -> None:
+    def _note_made(self, leads_to: Endpoint) -> None:
         """Remember a socket file outside the run directory, should we be killed."""
-        kind, _, path = endpoint.partition(":")
-        if kind == "vhost":
-            with (self._run_dir / "made").open("a") as made:
-                made.write(f"{path}\n")
+        if leads_to.kind == endpoint.VHOST:
+            with (self._run_dir / _MADE).open("a") as made:
+                made.write(f"{leads_to.rest}\n")
 
 
-@contextlib.contextmanager
-def _pid_file(run_dir: Path) -> Iterator[None]:
-    """Hold the run directory: a locked file with our pid.
-
-    The lock goes with the process that holds it, so a killed manager's file is stale
-    and nobody has to guess.
+def _number(wanted: Arguments, name: str, default: int, most: int) -> int:
+    """A number that may be left out.
 
     Raises:
-        VswitchError: Another manager holds it, or we may not write there.
+        ConfigError: It is not within 1 to `most`.
     """
-    path = run_dir / "pid"
-    try:
-        run_dir.mkdir(mode=0o750, parents=True, exist_ok=True)
-        file = path.open("a+")
-    except OSError as error:
-        text = f"cannot use run directory {run_dir}: {error.strerror}"
-        raise VswitchError(f"{text} (choose another with --run-dir)") from error
-    with file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            file.seek(0)
-            text = f"a manager is running in {run_dir}: pid {file.read().strip()}"
-            raise VswitchError(f"{text} (stop it with: vswitch down)") from None
-        file.truncate(0)
-        file.write(f"{os.getpid()}\n")
-        file.flush()
-        try:
-            yield
-        finally:
-            path.unlink(missing_ok=True)
+    given = wanted.get(name)
+    number = default if given is None else int(given)
+    if not 1 <= number <= most:
+        raise ConfigError(f"cannot use {name} {number}: not within 1 to {most}")
+    return number
 
 
 def _remove_leftovers(run_dir: Path) -> None:
@@ -436,8 +421,8 @@ def _remove_leftovers(run_dir: Path) -> None:
     Its workers ended with it, its taps too. The files it made outside the run directory
     are listed in `made`; one that somebody listens on again is not ours any more.
     """
-    (run_dir / "control.sock").unlink(missing_ok=True)
-    made = run_dir / "made"
+    (run_dir / rundir.CONTROL).unlink(missing_ok=True)
+    made = run_dir / _MADE
     for line in made.read_text().splitlines() if made.exists() else []:
         with contextlib.suppress(PortError, OSError):
             remove_stale(Path(line))
@@ -463,6 +448,14 @@ async def _first_of(*work: Awaitable[Any]) -> None:
         task.cancel()
 
 
+def _trim_log(run_dir: Path) -> None:
+    """Begin a log that has grown long anew; ours is open for appending."""
+    with contextlib.suppress(FileNotFoundError):
+        log = run_dir / rundir.LOG
+        if log.stat().st_size > _LONGEST_LOG:
+            os.truncate(log, 0)
+
+
 def default_cpus() -> list[int]:
     """The CPUs that we may use, without the first, which the rest of the host likes."""
     cpus = sorted(os.sched_getaffinity(0))
@@ -470,41 +463,63 @@ def default_cpus() -> list[int]:
 
 
 def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
-    """The options of `python -m vswitch.manager`; the CLI has checked them."""
-    parser = argparse.ArgumentParser(prog="vswitch.manager")
+    """The options of `python -m vswitch.manager`, over those of a configuration file.
+
+    Raises:
+        VswitchError: The file cannot be read, or makes no sense.
+    """
+    parser = _Parser(prog="vswitch.manager")
     parser.add_argument("--run-dir", required=True)
+    parser.add_argument("--config", type=Path)
     parser.add_argument("--workers", type=int, default=1)
     parser.add_argument("--spares", type=int, default=1)
-    parser.add_argument("--cpus", default="")
-    parser.add_argument("--poll", choices=("adaptive", "busy"), default="adaptive")
+    parser.add_argument("--cpus", type=_cpu_list, default=default_cpus())
+    parser.add_argument("--poll", choices=config.POLLS, default=config.POLLS[0])
     parser.add_argument("--idle-us", type=int, default=100)
     parser.add_argument("--ageing", type=int, default=300)
-    parser.add_argument("--forward-reserved", action="store_true", default=True)
     parser.add_argument(
-        "--no-forward-reserved", action="store_false", dest="forward_reserved"
+        "--forward-reserved", action=argparse.BooleanOptionalAction, default=True
     )
     parser.add_argument("--status-fd", type=int, default=-1)
+    path = parser.parse_args(arguments).config
+    given = config.read(path) if path else config.NOTHING
+    parser.set_defaults(**given.switch)
     options = parser.parse_args(arguments)
-    given = [int(cpu) for cpu in options.cpus.split(",") if cpu]
-    options.cpus = given or default_cpus()
+    options.ports = given.ports
     return options
+
+
+class _Parser(argparse.ArgumentParser):
+    """Its errors are ours, to be told like any other."""
+
+    def error(self, message: str) -> NoReturn:
+        """What is wrong with the options."""
+        raise ConfigError(f"cannot start: {message}")
+
+
+def _cpu_list(text: str) -> list[int]:
+    try:
+        return [int(cpu) for cpu in text.split(",")]
+    except ValueError:
+        message = f"{text!r} is no list of CPUs (write it as 1,2)"
+        raise argparse.ArgumentTypeError(message) from None
 
 
 def check_options(options: argparse.Namespace) -> None:
     """Refuse options that cannot work on this machine.
 
     Raises:
-        VswitchError: Too many workers, or a CPU that we may not use.
+        ConfigError: Too many workers, or a CPU that we may not use.
     """
     total = options.workers + options.spares
     if options.workers < 1 or options.spares < 0 or total > MAX_WORKERS:
         text = f"cannot start {options.workers} workers and {options.spares} spares"
-        raise VswitchError(f"{text}: at least one and at most {MAX_WORKERS} in all")
+        raise ConfigError(f"{text}: at least one and at most {MAX_WORKERS} in all")
     allowed = os.sched_getaffinity(0)
     for cpu in options.cpus:
         if cpu not in allowed:
             text = f"cannot pin a worker to cpu {cpu}: we may use {sorted(allowed)}"
-            raise VswitchError(f"{text} (choose with --cpus)")
+            raise ConfigError(f"{text} (choose with --cpus)")
 
 
 def run(options: argparse.Namespace, report: Callable[[Arguments], None]) -> int:
@@ -527,27 +542,51 @@ async def _run(
     await Manager(options, report).run()
 
 
-def main() -> None:
-    """Run a manager whose starter reads the status descriptor."""
-    options = parse_arguments(sys.argv[1:])
-    logging.basicConfig(format="%(asctime)s %(name)s %(message)s", level=logging.INFO)
-    status = (
-        os.fdopen(options.status_fd, "wb", buffering=0)
-        if options.status_fd >= 0
-        else None
-    )
+class _Status:
+    """Tells whoever started us how the start goes, until it is over."""
 
-    def report(event: Arguments) -> None:
-        nonlocal status
-        if status is None:
+    def __init__(self, fd: int) -> None:
+        self._file = os.fdopen(fd, "wb", buffering=0) if fd >= 0 else None
+        self._logged = 0
+
+    def report(self, event: Arguments) -> None:
+        """Pass an event on; without a reader its gist goes to the log."""
+        if self._file is None:
+            self._log(event)
             return
         with contextlib.suppress(BrokenPipeError):
-            status.write(msgpack.packb(event))
+            self._file.write(msgpack.packb(event))
         if "progress" not in event:
-            status.close()
-            status = None
+            self._file.close()
+            self._file = None
 
-    sys.exit(run(options, report))
+    def _log(self, event: Arguments) -> None:
+        if "error" in event:
+            _log.error("%s", event["error"]["message"])
+        elif "progress" in event:
+            done, total = event["progress"]
+            quarter = 4 * done // total if total else 0
+            if quarter > self._logged:
+                self._logged = quarter
+                _log.info("compiling the data path: %d of %d", done, total)
+
+
+def main() -> None:
+    """Run a manager whose starter reads the status descriptor."""
+    logging.basicConfig(format="%(asctime)s %(name)s %(message)s", level=logging.INFO)
+    sys.exit(_start(sys.argv[1:]))
+
+
+def _start(arguments: Sequence[str]) -> int:
+    finder = argparse.ArgumentParser(add_help=False)
+    finder.add_argument("--status-fd", type=int, default=-1)
+    status = _Status(finder.parse_known_args(arguments)[0].status_fd)
+    try:
+        options = parse_arguments(arguments)
+    except VswitchError as error:
+        status.report({"error": {"code": error.code, "message": str(error)}})
+        return error.code
+    return run(options, status.report)
 
 
 if __name__ == "__main__":

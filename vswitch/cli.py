@@ -1,0 +1,395 @@
+"""The command `vswitch`: parse, ask the manager once, print.
+
+Errors are one line on stderr, `what failed: what was found (what to do)`. Exit codes: 0
+done, 1 refused or failed, 2 usage, 3 no manager; 130 after Ctrl-C.
+"""
+
+import json
+import os
+import select
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from pathlib import Path
+from typing import Annotated, Any, Final, Literal
+
+import typer
+
+from vswitch import __version__, qemu_line, tables
+from vswitch import start as starting
+from vswitch.control import endpoint, rundir
+from vswitch.control.client import Client
+from vswitch.errors import EXIT_FAILED, NoManagerError, VswitchError
+
+_INTERRUPTED: Final = 130
+_DOWN_S: Final = 15.0
+_WATCH_S: Final = 1.0
+
+app = typer.Typer(
+    name="vswitch",
+    help="The Ethernet switch between virtual machines.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+_fdb = typer.Typer(
+    help="Which address is behind which port.", no_args_is_help=True, name="fdb"
+)
+app.add_typer(_fdb)
+
+Json = Annotated[bool, typer.Option("-j", "--json", help="Print JSON.")]
+Vlan = Annotated[int, typer.Option(help="VLAN id; 0 is untagged.")]
+
+
+def main() -> None:
+    """Run the command line; errors become one line and an exit code."""
+    try:
+        app()
+    except VswitchError as error:
+        if "--debug" in sys.argv:
+            raise
+        print(f"vswitch: {error}", file=sys.stderr)
+        sys.exit(error.code)
+    except BrokenPipeError:
+        # Whoever read our output has enough; nothing is left to flush.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(EXIT_FAILED)
+
+
+@app.callback(invoke_without_command=True)
+def _options(
+    context: typer.Context,
+    run_dir: Annotated[
+        Path | None,
+        typer.Option(
+            help="Where the switch lives; else $VSWITCH_RUN_DIR, /run/vswitch (root) or "
+            "$XDG_RUNTIME_DIR/vswitch."
+        ),
+    ] = None,
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version and end.")
+    ] = False,
+    debug: Annotated[
+        bool, typer.Option("--debug", help="Show where an error comes from.")
+    ] = False,
+) -> None:
+    del debug  # `main` looks for it
+    if version:
+        print(f"vswitch {__version__}")
+        raise typer.Exit
+    context.obj = run_dir
+    if context.invoked_subcommand is None:
+        print(context.get_help())
+
+
+@app.command()
+def up(
+    context: typer.Context,
+    workers: Annotated[int | None, typer.Option(help="Forwarding processes.")] = None,
+    cpus: Annotated[
+        str | None, typer.Option(help="CPUs to pin them to, as 1,2.")
+    ] = None,
+    poll: Annotated[
+        Literal["adaptive", "busy"] | None,
+        typer.Option(help="Sleep when idle, or never."),
+    ] = None,
+    spares: Annotated[
+        int | None, typer.Option(help="Processes that take over from a dead worker.")
+    ] = None,
+    idle_us: Annotated[
+        int | None, typer.Option(help="Microseconds without a frame before sleep.")
+    ] = None,
+    ageing: Annotated[
+        int | None, typer.Option(help="Seconds after which an address is forgotten.")
+    ] = None,
+    forward_reserved: Annotated[
+        bool | None,
+        typer.Option(
+            "--forward-reserved/--no-forward-reserved",
+            help="Let 01:80:c2:00:00:0x (LACP, LLDP, STP) pass.",
+        ),
+    ] = None,
+    config: Annotated[
+        Path | None, typer.Option(help="TOML file with options and ports.")
+    ] = None,
+    foreground: Annotated[
+        bool, typer.Option("--foreground", help="Stay, and end with Ctrl-C.")
+    ] = False,
+) -> None:
+    """Start the switch; returns when frames can flow."""
+    run_dir = rundir.choose(context.obj)
+    arguments = ["--run-dir", str(run_dir)]
+    for name, value in {
+        "workers": workers,
+        "cpus": cpus,
+        "poll": poll,
+        "spares": spares,
+        "idle-us": idle_us,
+        "ageing": ageing,
+        "config": config and config.absolute(),
+    }.items():
+        arguments += [f"--{name}={value}"] if value is not None else []
+    if forward_reserved is not None:
+        arguments.append(f"--{'' if forward_reserved else 'no-'}forward-reserved")
+    if foreground:
+        sys.stdout.flush()
+        command = starting.command(arguments)
+        os.execv(command[0], command)  # noqa: S606 (no shell wanted)
+    began = time.monotonic()
+    try:
+        with _Progress() as on_progress:
+            ready = starting.start(arguments, run_dir, on_progress)
+    except KeyboardInterrupt:
+        sys.exit(_INTERRUPTED)
+    _say_up(ready, time.monotonic() - began)
+
+
+def _say_up(ready: dict[str, Any], seconds: float) -> None:
+    cpus = ",".join(str(cpu) for cpu in ready["cpus"][: ready["workers"]])
+    parts = [
+        _plural(ready["workers"], "worker") + f" on cpu {cpus}",
+        _plural(ready["spares"], "spare"),
+        f"{ready['poll']} polling",
+        f"pid {ready['pid']}",
+    ]
+    print(f"up in {seconds:.1f} s: {', '.join(parts)}")
+
+
+@app.command()
+def down(context: typer.Context) -> None:
+    """Stop the switch and remove what it made."""
+    run_dir = rundir.choose(context.obj)
+    pid = rundir.holder(run_dir)
+    if pid is None:
+        text = f"no manager in {run_dir} (start it with: vswitch up)"
+        raise NoManagerError(text)
+    process = os.pidfd_open(pid)
+    try:
+        signal.pidfd_send_signal(process, signal.SIGTERM)
+        if not select.select([process], [], [], _DOWN_S)[0]:
+            text = f"the manager, pid {pid}, did not end within {_DOWN_S:.0f} s"
+            raise VswitchError(f"{text} (kill -9 {pid}, then vswitch up cleans up)")
+    finally:
+        os.close(process)
+    print("down")
+
+
+@app.command("add-port")
+def add_port(
+    context: typer.Context,
+    where: Annotated[
+        str,
+        typer.Argument(
+            metavar="ENDPOINT",
+            help="A vhost-user socket's path (or vhost:PATH), or tap:IFNAME.",
+        ),
+    ],
+    name: Annotated[str | None, typer.Option(help="What to call the port.")] = None,
+    mode: Annotated[
+        Literal["server", "client"],
+        typer.Option(help="server: we listen, QEMU connects; client: the other way."),
+    ] = "server",
+    queues: Annotated[
+        int | None, typer.Option(help="Most queue pairs; by default 8.")
+    ] = None,
+    max_addresses: Annotated[
+        int | None, typer.Option(help="Most addresses learned behind it.")
+    ] = None,
+    libvirt: Annotated[
+        bool, typer.Option("--libvirt", help="Print XML instead of QEMU arguments.")
+    ] = False,
+    as_json: Json = False,
+) -> None:
+    """Connect a guest or an uplink; prints what to tell QEMU."""
+    leads_to = endpoint.parse(where, Path.cwd())
+    chosen = endpoint.check_name(name or leads_to.default_name)
+    with _manager(context) as manager:
+        answer = manager.ask(
+            "add_port",
+            endpoint=leads_to.text,
+            name=chosen,
+            mode=mode,
+            queues=queues,
+            max_addresses=max_addresses,
+        )
+    lines = ""
+    if leads_to.kind == endpoint.VHOST:
+        text = qemu_line.libvirt_text if libvirt else qemu_line.qemu_text
+        lines = text(chosen, Path(leads_to.rest), mode, queues or 1)
+    if as_json:
+        _print_json(answer | {"arguments": lines})
+        return
+    print(f"port {chosen}: {'added' if answer['changed'] else 'unchanged'}")
+    if lines:
+        print(f"start the guest with (both sizes the same):\n{lines}")
+
+
+@app.command("del-port")
+def del_port(
+    context: typer.Context,
+    name: Annotated[str, typer.Argument(help="The port's name.")],
+) -> None:
+    """Disconnect a port; what was learned behind it is forgotten."""
+    with _manager(context) as manager:
+        manager.ask("del_port", name=name)
+    print(f"port {name}: removed")
+
+
+@app.command()
+def show(context: typer.Context, as_json: Json = False) -> None:
+    """Show workers and ports; a port's state is a word and a reason."""
+    with _manager(context) as manager:
+        answer = manager.ask("show")
+    _print(answer, tables.show(answer), as_json=as_json)
+
+
+@app.command()
+def stats(
+    context: typer.Context,
+    watch: Annotated[
+        bool, typer.Option("--watch", help="Show rates, every second, until Ctrl-C.")
+    ] = False,
+    as_json: Json = False,
+) -> None:
+    """Show what every port received and sent, and every drop under its name."""
+    with _manager(context) as manager:
+        if not watch:
+            answer = manager.ask("stats")
+            _print(answer, tables.stats(answer), as_json=as_json)
+        elif as_json:
+            for answer in _each_second(manager):
+                _print_json(answer, indent=None)
+        else:
+            _watch(manager)
+
+
+def _watch(manager: Client) -> None:
+    from rich.live import Live  # noqa: PLC0415 (50 ms that other commands save)
+    from rich.text import Text  # noqa: PLC0415
+
+    answers = _each_second(manager)
+    before, then = next(answers), time.monotonic()
+    with Live(Text("measuring ..."), auto_refresh=False) as live:
+        for answer in answers:
+            now = time.monotonic()
+            text = Text(tables.rates(before, answer, now - then), no_wrap=True)
+            live.update(text, refresh=True)
+            before, then = answer, now
+
+
+def _each_second(manager: Client) -> Iterator[dict[str, Any]]:
+    while True:
+        yield manager.ask("stats")
+        time.sleep(_WATCH_S)
+
+
+@_fdb.command("show")
+def fdb_show(context: typer.Context, as_json: Json = False) -> None:
+    """List the addresses."""
+    with _manager(context) as manager:
+        entries = manager.ask("fdb_show")
+    _print(entries, tables.fdb(entries), as_json=as_json)
+
+
+@_fdb.command("add")
+def fdb_add(context: typer.Context, mac: str, port: str, vlan: Vlan = 0) -> None:
+    """Pin an address to a port."""
+    with _manager(context) as manager:
+        manager.ask("fdb_add", mac=mac, ifname=port, vlan=vlan)
+
+
+@_fdb.command("del")
+def fdb_del(context: typer.Context, mac: str, vlan: Vlan = 0) -> None:
+    """Forget an address, learned or pinned."""
+    with _manager(context) as manager:
+        manager.ask("fdb_del", mac=mac, vlan=vlan)
+
+
+@_fdb.command("flush")
+def fdb_flush(
+    context: typer.Context,
+    port: Annotated[str | None, typer.Option(help="Only those behind a port.")] = None,
+) -> None:
+    """Forget all learned addresses."""
+    with _manager(context) as manager:
+        flushed = manager.ask("fdb_flush", ifname=port)["flushed"]
+    print(f"{flushed} address{'' if flushed == 1 else 'es'} forgotten")
+
+
+@app.command()
+def demo(
+    guests: Annotated[
+        Literal["auto", "qemu", "builtin"],
+        typer.Option(help="Which guests; auto: QEMU where it is installed."),
+    ] = "auto",
+) -> None:
+    """Two guests, ping and TCP between them, throughput; then all is taken down."""
+    from vswitch import demo as story  # noqa: PLC0415 (other commands need none of it)
+
+    sys.exit(story.run(guests))
+
+
+# --- how things are printed ---------------------------------------------------------
+
+
+@contextmanager
+def _manager(context: typer.Context) -> Iterator[Client]:
+    with Client(rundir.choose(context.obj)) as manager:
+        try:
+            yield manager
+        except KeyboardInterrupt:
+            sys.exit(_INTERRUPTED)
+
+
+class _Progress:
+    """A bar on a terminal, a line elsewhere, and only if there is anything to wait for."""
+
+    def __init__(self) -> None:
+        self._owned = ExitStack()
+        self._advance: Callable[[int], None] | None = None
+
+    def __enter__(self) -> Callable[[int, int], None]:
+        return self._on_progress
+
+    def __exit__(self, *_: object) -> None:
+        self._owned.close()
+
+    def _on_progress(self, done: int, total: int) -> None:
+        if self._advance is None:
+            self._advance = self._begin(total)
+        self._advance(done)
+
+    def _begin(self, total: int) -> Callable[[int], None]:
+        text = "compiling the data path, once"
+        if not sys.stderr.isatty():
+            print(f"{text} ...", file=sys.stderr)
+            return lambda _: None
+        from rich.console import Console  # noqa: PLC0415 (50 ms that others save)
+        from rich.progress import Progress  # noqa: PLC0415
+
+        bar = Progress(console=Console(stderr=True), transient=True)
+        self._owned.enter_context(bar)
+        task = bar.add_task(text, total=total)
+        return lambda done: bar.update(task, completed=done)
+
+
+def _print(answer: object, text: str, *, as_json: bool) -> None:
+    if as_json:
+        _print_json(answer)
+    else:
+        print(text)
+
+
+def _print_json(answer: object, indent: int | None = 2) -> None:
+    with suppress(KeyboardInterrupt):
+        print(json.dumps(answer, indent=indent), flush=True)
+
+
+def _plural(count: int, word: str) -> str:
+    return f"{count} {word}{'' if count == 1 else 's'}"
+
+
+if __name__ == "__main__":
+    main()
