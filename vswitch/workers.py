@@ -340,7 +340,7 @@ class Workers:
             answer = process.due.pop(message[1], None)
             if answer and not answer.done():
                 answer.set_result(int(message[2]))
-        elif message[0] == "progress":
+        elif message[0] == "progress" and process.number == _COMPILER:
             self._on_progress(int(message[1]), int(message[2]))
         elif message[0] == "ready":
             self._welcome(process)
