@@ -33,7 +33,7 @@ test-python: setup-tests ## run the unit tests with Numba switched off
 	@NUMBA_DISABLE_JIT=1 $(BIN)/python -m pytest $(UNIT)
 
 bench: setup-tests ## measure guest to guest
-	@$(BIN)/python bench/guest_to_guest.py
+	@$(BIN)/python -m bench.guest_to_guest
 
 format: setup-tests ## rewrite the sources as ruff likes them
 	@$(BIN)/ruff format . && $(BIN)/ruff check --fix .

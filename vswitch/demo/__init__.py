@@ -15,9 +15,12 @@ import subprocess
 import sys
 from typing import Final
 
-from vswitch.errors import ConfigError
+from vswitch.demo import image, qemu
+from vswitch.demo.screen import Screen
+from vswitch.errors import ConfigError, VswitchError
 
 GUESTS: Final = ("auto", "qemu", "builtin")
+_INTERRUPTED: Final = 130
 
 
 def run(guests: str = "auto") -> int:
@@ -28,14 +31,33 @@ def run(guests: str = "auto") -> int:
 
     Raises:
         ConfigError: There is no such kind of guest.
+        VswitchError: QEMU guests were asked for and there is no image for them.
     """
     if guests not in GUESTS:
         text = f"cannot play the demo with guests {guests!r}: no such kind"
         raise ConfigError(f"{text} (known: {', '.join(GUESTS)})")
+    if guests != "builtin" and qemu.is_installed():
+        guests = _with_image(guests)
     inside = [sys.executable, "-m", "vswitch.demo", guests]
     namespace = _own_network()
     sys.stdout.flush()
     os.execvp((namespace + inside)[0], namespace + inside)  # noqa: S606 - no shell wanted
+
+
+def _with_image(guests: str) -> str:
+    """Fetch the guests' image while there is a network; the guests to play with."""
+    try:
+        if image.cached() is None:
+            Screen().note("fetching Debian's cloud kernel and busybox, once ...")
+            image.prepare()
+    except KeyboardInterrupt:
+        sys.exit(_INTERRUPTED)
+    except VswitchError as error:
+        if guests == "qemu":
+            raise
+        Screen().note(f"{error}: using built-in guests instead")
+        return "builtin"
+    return guests
 
 
 def _own_network() -> list[str]:

@@ -40,10 +40,7 @@ class RealGuests:
         Raises:
             VswitchError: There is no image, or a guest does not boot.
         """
-        if image.cached() is None:
-            self._screen.note("fetching Debian's cloud kernel and busybox, once")
-        with self._screen.waiting("making the guests' image"):
-            booted = image.prepare()
+        booted = image.prepare()
         self._screen.step("booting two QEMU guests (Debian's kernel, busybox, TCG)")
         for number, address in enumerate(addresses, start=1):
             machine = Machine(

@@ -1,0 +1,1 @@
+"""Measurements; each file prints its figures. See README.md."""
