@@ -90,6 +90,7 @@ class VhostUserPort:
         self._listener: socket.socket | None = None
         self._tasks: list[asyncio.Task[None]] = []
         self._session: Session | None = None
+        self._ending: asyncio.Task[None] | None = None
         self._features_since = 0.0
         self._mapped: list[tuple[WantedRegion, Mapping]] = []
         self._running: dict[int, _Running] = {}
@@ -124,6 +125,8 @@ class VhostUserPort:
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
+        if self._ending:
+            await self._ending
         if self._listener:
             self._listener.close()
             self.path.unlink(missing_ok=True)
@@ -215,10 +218,13 @@ class VhostUserPort:
             self._log("the front-end went away")
         except ProtocolError as error:
             self._log(f"{error}; closing the connection")
+        except Exception:  # noqa: BLE001 (our mistake costs a connection, not the port)
+            _log.exception("port %s: closing the connection", self.name)
         finally:
             channel.close()
-            # Runs to its end even while the port is being closed.
-            await asyncio.shield(asyncio.create_task(self._disconnect(session)))
+            # Runs to its end even while the port is being closed; `close` waits for it.
+            self._ending = asyncio.create_task(self._disconnect(session))
+            await asyncio.shield(self._ending)
 
     async def _converse(self, channel: Channel, session: Session) -> None:
         while True:
@@ -235,10 +241,10 @@ class VhostUserPort:
             reply = step.reply
             try:
                 await self._reconcile(session)
-            except OSError as error:
-                self._log(f"cannot map the guest's memory: {_errno_name(error)}")
+            except (OSError, MemoryError) as error:
+                self._log(f"cannot take what the front-end gave: {error}")
                 if step.nack is None:
-                    raise ProtocolError("cannot map the guest's memory") from error
+                    raise ProtocolError("cannot go on without it") from error
                 reply = step.nack
             if step.base is not None:
                 reply = step.base.encode(self._next_index(step.base.index))

@@ -4,7 +4,6 @@ Counters are kept per worker and port; here they are summed. Everything is read 
 segment, so it works beside a running switch.
 """
 
-import asyncio
 import re
 import time
 from typing import Any, Final
@@ -33,23 +32,20 @@ _STATES: Final = {
     WORKER_POLLING: "polling",
     WORKER_SLEEPING: "sleeping",
 }
-_SAMPLE_S: Final = 1.0
 _MAC: Final = re.compile(r"(?:[0-9a-f]{2}:){5}[0-9a-f]{2}")
 _LAST_VLAN: Final = 4094
 
 
 class Usage:
-    """How busy the workers are: useful cycles of the last second."""
+    """How busy the workers are: the part of useful cycles between two samples."""
 
     def __init__(self, shared: Shared) -> None:
         self._shared = shared
         self._before = self._now = self._sample()
 
-    async def sample_forever(self) -> None:
-        """Take a sample every second."""
-        while True:
-            await asyncio.sleep(_SAMPLE_S)
-            self._before, self._now = self._now, self._sample()
+    def sample(self) -> None:
+        """Take a sample; usage is between the last two."""
+        self._before, self._now = self._now, self._sample()
 
     def workers(self) -> list[dict[str, Any]]:
         """The workers of `show`."""

@@ -1,0 +1,77 @@
+"""Options of a manager: the command line over a configuration file over defaults."""
+
+import argparse
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NoReturn
+
+from vswitch.control import config
+from vswitch.errors import ConfigError
+from vswitch.records import MAX_WORKERS
+
+
+def default_cpus() -> list[int]:
+    """The CPUs that we may use, without the first, which the rest of the host likes."""
+    cpus = sorted(os.sched_getaffinity(0))
+    return cpus[1:] or cpus
+
+
+def parse_options(arguments: Sequence[str]) -> argparse.Namespace:
+    """The options of `python -m vswitch.manager`, over those of a configuration file.
+
+    Raises:
+        VswitchError: The file cannot be read, or makes no sense.
+    """
+    parser = _Parser(prog="vswitch.manager")
+    parser.add_argument("--run-dir", required=True)
+    parser.add_argument("--config", type=Path)
+    parser.add_argument("--workers", type=int, default=1)
+    parser.add_argument("--spares", type=int, default=1)
+    parser.add_argument("--cpus", type=_cpu_list, default=default_cpus())
+    parser.add_argument("--poll", choices=config.POLLS, default=config.POLLS[0])
+    parser.add_argument("--idle-us", type=int, default=100)
+    parser.add_argument("--ageing", type=int, default=300)
+    parser.add_argument(
+        "--forward-reserved", action=argparse.BooleanOptionalAction, default=True
+    )
+    parser.add_argument("--status-fd", type=int, default=-1)
+    path = parser.parse_args(arguments).config
+    given = config.read(path) if path else config.NOTHING
+    parser.set_defaults(**given.switch)
+    options = parser.parse_args(arguments)
+    options.ports = given.ports
+    return options
+
+
+class _Parser(argparse.ArgumentParser):
+    """Its errors are ours, to be told like any other."""
+
+    def error(self, message: str) -> NoReturn:
+        """What is wrong with the options."""
+        raise ConfigError(f"cannot start: {message}")
+
+
+def _cpu_list(text: str) -> list[int]:
+    try:
+        return [int(cpu) for cpu in text.split(",")]
+    except ValueError:
+        message = f"{text!r} is no list of CPUs (write it as 1,2)"
+        raise argparse.ArgumentTypeError(message) from None
+
+
+def check_options(options: argparse.Namespace) -> None:
+    """Refuse options that cannot work on this machine.
+
+    Raises:
+        ConfigError: Too many workers, or a CPU that we may not use.
+    """
+    total = options.workers + options.spares
+    if options.workers < 1 or options.spares < 0 or total > MAX_WORKERS:
+        text = f"cannot start {options.workers} workers and {options.spares} spares"
+        raise ConfigError(f"{text}: at least one and at most {MAX_WORKERS} in all")
+    allowed = os.sched_getaffinity(0)
+    for cpu in options.cpus:
+        if cpu not in allowed:
+            text = f"cannot pin a worker to cpu {cpu}: we may use {sorted(allowed)}"
+            raise ConfigError(f"{text} (choose with --cpus)")

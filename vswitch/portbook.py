@@ -1,0 +1,228 @@
+"""The ports of a switch: which there are, and the slot of each in the shared tables."""
+
+import contextlib
+import logging
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Final, Protocol
+
+from ports.base import MAX_PAIRS, MAX_PORTS, NO_FD, RINGS_PER_PORT
+from ports.errors import PortError
+from ports.tap import TapPort, check_name
+from ports.vhost_user import State, VhostUserPort
+from vswitch.control import endpoint
+from vswitch.control.endpoint import Endpoint
+from vswitch.errors import ConfigError, VswitchError
+from vswitch.records import Shared
+from vswitch.workers import Workers
+
+_GUEST_ADDRESSES: Final = 16384
+_UPLINK_ADDRESSES: Final = 65536
+
+_log = logging.getLogger(__name__)
+
+Arguments = dict[str, Any]
+
+
+class Port(Protocol):
+    """What the manager asks of a port of any kind."""
+
+    name: str
+    kind: str
+    mode: str
+
+    async def open(self) -> None:
+        """Begin. Raises PortError."""
+
+    async def close(self) -> None:
+        """End, and give everything back."""
+
+    def state(self) -> State:
+        """A word and a reason."""
+
+    def features(self) -> list[str]:
+        """Names of what was negotiated."""
+
+    def queues(self) -> dict[str, int]:
+        """Queue pairs in use and at most."""
+
+
+class Entry:
+    """A port in the manager's table."""
+
+    def __init__(self, slot: int, leads_to: Endpoint, port: Port) -> None:
+        self.slot = slot
+        self.endpoint = leads_to
+        self.port = port
+        self._word = ""
+        self._since = time.time()
+
+    def note_state(self) -> State:
+        """The port's state; how long it has been in it is known to a sample's time."""
+        state = self.port.state()
+        if state.word != self._word:
+            self._word, self._since = state.word, time.time()
+        return state
+
+    def describe(self) -> Arguments:
+        """What `show` prints of it."""
+        state = self.note_state()
+        return {
+            "name": self.port.name,
+            "kind": self.port.kind,
+            "endpoint": self.endpoint.text,
+            "mode": self.port.mode,
+            "state": state.word,
+            "reason": state.reason,
+            "since": round(self._since, 3),
+            "features": self.port.features(),
+            "queues": self.port.queues(),
+        }
+
+
+class PortBook:
+    """All ports of a switch. One is added or removed at a time; that is the caller's."""
+
+    def __init__(self, shared: Shared, workers: Workers) -> None:
+        self._shared = shared
+        self._workers = workers
+        self._entries: dict[str, Entry] = {}
+
+    def __iter__(self) -> Iterator[Entry]:
+        return iter(list(self._entries.values()))
+
+    @property
+    def slots(self) -> dict[str, int]:
+        """Where each port is in the shared tables."""
+        return {name: entry.slot for name, entry in self._entries.items()}
+
+    def named(self, name: str) -> Entry:
+        """The port of that name.
+
+        Raises:
+            VswitchError: There is none.
+        """
+        entry = self._entries.get(name)
+        if entry is None:
+            known = ", ".join(self._entries) or "none"
+            raise VswitchError(f"no port {name} (known: {known})")
+        return entry
+
+    async def add(self, wanted: Arguments) -> tuple[Entry, bool]:
+        """Add a port; False with it where it was there already, just so.
+
+        Args:
+            wanted: endpoint and name; mode, queues and max_addresses may be left out.
+
+        Raises:
+            VswitchError: The name or the endpoint is taken, or it cannot be opened.
+        """
+        leads_to = endpoint.parse(str(wanted["endpoint"]), Path("/"))
+        name = endpoint.check_name(str(wanted["name"]))
+        mode = str(wanted.get("mode") or "server")
+        present = self._present(name, leads_to, mode)
+        if present is not None:
+            return present, False
+        slot = self._free_slot()
+        try:
+            port = self._make(slot, name, leads_to, wanted | {"mode": mode})
+            await _open(port)
+        except (PortError, OSError, MemoryError) as error:
+            self._clear(slot)
+            raise VswitchError(f"port {name}: {error}") from error
+        entry = self._entries[name] = Entry(slot, leads_to, port)
+        _log.info("port %s: added endpoint=%s", name, leads_to.text)
+        return entry, True
+
+    async def remove(self, name: str) -> None:
+        """Close a port and forget what was behind it.
+
+        Raises:
+            VswitchError: There is none of that name.
+        """
+        entry = self.named(name)
+        await entry.port.close()
+        await self._workers.flush(entry.slot, also_static=True)
+        del self._entries[name]
+        self._clear(entry.slot)
+        _log.info("port %s: removed", name)
+
+    async def close(self) -> None:
+        """Close all ports, whatever happens to one of them."""
+        for entry in self:
+            with contextlib.suppress(PortError, OSError, VswitchError):
+                await entry.port.close()
+        self._entries.clear()
+
+    def _present(self, name: str, leads_to: Endpoint, mode: str) -> Entry | None:
+        present = self._entries.get(name)
+        if present:
+            if present.endpoint == leads_to and present.port.mode in {"", mode}:
+                return present
+            taken = f"{present.endpoint.text} {present.port.mode}".strip()
+            text = f"cannot add port {name}: the name is taken by {taken}"
+            raise VswitchError(f"{text} (choose another with --name)")
+        for entry in self:
+            if entry.endpoint == leads_to:
+                other = entry.port.name
+                text = f"cannot add port {name}: {leads_to.text} is port {other}"
+                raise VswitchError(f"{text} (vswitch del-port {other})")
+        return None
+
+    def _make(
+        self, slot: int, name: str, leads_to: Endpoint, wanted: Arguments
+    ) -> Port:
+        uplink = leads_to.kind == endpoint.TAP
+        pairs = _number(wanted, "queues", MAX_PAIRS, MAX_PAIRS)
+        limit = _UPLINK_ADDRESSES if uplink else _GUEST_ADDRESSES
+        addresses = _number(wanted, "max_addresses", limit, _UPLINK_ADDRESSES)
+        self._clear(slot)
+        self._shared.ports[slot]["max_addresses"] = addresses
+        header = self._shared.header[0]
+        header["port_slots"] = max(int(header["port_slots"]), slot + 1)
+        if uplink:
+            check_name(leads_to.rest)
+            return TapPort(self._workers, slot, name, leads_to.rest)
+        path, mode = Path(leads_to.rest), wanted["mode"]
+        return VhostUserPort(self._workers, slot, name, path, mode, pairs)
+
+    def _free_slot(self) -> int:
+        taken = set(self.slots.values())
+        for slot in range(MAX_PORTS):
+            if slot not in taken:
+                return slot
+        message = f"cannot add a port: all {MAX_PORTS} are in use (remove one)"
+        raise VswitchError(message)
+
+    def _clear(self, slot: int) -> None:
+        """Wipe a slot that no worker uses."""
+        self._shared.ports[slot] = 0
+        self._shared.ports[slot]["fd"] = NO_FD
+        self._shared.counters[:, slot] = 0
+        rings = self._shared.rings[slot * RINGS_PER_PORT : (slot + 1) * RINGS_PER_PORT]
+        rings[:] = 0
+        for field in ("kick_fd", "call_fd", "err_fd"):
+            rings[field] = NO_FD
+
+
+async def _open(port: Port) -> None:
+    """Open a port; one that cannot be is closed again."""
+    try:
+        await port.open()
+    except BaseException:
+        await port.close()
+        raise
+
+
+def _number(wanted: Arguments, name: str, default: int, most: int) -> int:
+    """A number that may be left out.
+
+    Raises:
+        ConfigError: It is not within 1 to `most`.
+    """
+    given = wanted.get(name)
+    number = default if given is None else int(given)
+    if not 1 <= number <= most:
+        raise ConfigError(f"cannot use {name} {number}: not within 1 to {most}")
+    return number
