@@ -1,0 +1,104 @@
+from pathlib import Path
+
+import pytest
+
+from vswitch.control.config import parse, read
+from vswitch.errors import ConfigError, VswitchError
+from vswitch.options import parse_options
+
+PATH = Path("/etc/vswitch/lab.toml")
+
+GOOD = """
+[switch]
+workers = 2
+cpus = [0, 1]
+poll = "busy"
+forward_reserved = false
+
+[port.vm1]
+endpoint = "vm1.sock"
+mode = "client"
+queues = 2
+
+[port.up0]
+endpoint = "tap:up0"
+max_addresses = 100
+"""
+
+
+def test_a_file_gives_options_and_ports_with_paths_beside_it():
+    config = parse(GOOD, PATH)
+    assert config.switch == {
+        "workers": 2,
+        "cpus": [0, 1],
+        "poll": "busy",
+        "forward_reserved": False,
+    }
+    assert config.ports == [
+        {
+            "name": "vm1",
+            "endpoint": "vhost:/etc/vswitch/vm1.sock",
+            "mode": "client",
+            "queues": 2,
+        },
+        {"name": "up0", "endpoint": "tap:up0", "max_addresses": 100},
+    ]
+
+
+@pytest.mark.parametrize(
+    ("text", "found"),
+    [
+        ("[switch]\nworkers 1", "line 2"),
+        ("[swich]", r"'swich' is unknown \(known: switch, port\)"),
+        ("switch = 1", "switch is 1, not a table"),
+        ("[switch]\nworker = 1", r"\[switch\] 'worker' is unknown"),
+        ("[switch]\nworkers = '1'", r"workers is '1', not a whole number"),
+        ("[switch]\nworkers = true", r"workers is True, not a whole number"),
+        ("[switch]\ncpus = 1", r"cpus is 1, not a list"),
+        ("[switch]\ncpus = ['1']", r"cpus are not whole numbers"),
+        ("[switch]\npoll = 'lazy'", r"poll 'lazy' is unknown \(known: adaptive, busy"),
+        ("[port]\nvm1 = 1", r"\[port.vm1\] is not a table"),
+        ("[port.vm1]", r"\[port.vm1\] has no endpoint"),
+        ("[port.vm1]\nendpoint = 'tapp:x'", r"\[port.vm1\] .*'tapp' is unknown"),
+        ("[port.vm1]\nendpoint='a'\nmode='x'", r"mode 'x' is unknown \(known: server"),
+        ("[port.'a b']\nendpoint='a'", r"\[port.a b\] cannot use port name"),
+    ],
+)
+def test_what_makes_no_sense_is_refused_with_its_place(text, found):
+    with pytest.raises(ConfigError, match=rf"{PATH}: .*{found}"):
+        parse(text, PATH)
+
+
+def test_a_file_that_is_not_there_is_named(tmp_path):
+    with pytest.raises(VswitchError, match=r"missing\.toml.*No such file"):
+        read(tmp_path / "missing.toml")
+
+
+def test_a_file_that_is_no_text_is_refused(tmp_path):
+    path = tmp_path / "binary.toml"
+    path.write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(VswitchError, match=r"cannot read .*binary\.toml"):
+        read(path)
+
+
+def test_the_command_line_comes_before_the_file_and_the_file_before_defaults(tmp_path):
+    path = tmp_path / "lab.toml"
+    path.write_text("[switch]\nworkers = 3\nspares = 2\nageing = 60\n")
+    options = parse_options(["--run-dir=/r", f"--config={path}", "--workers=2"])
+    assert (options.workers, options.spares, options.ageing) == (2, 2, 60)
+    assert options.poll == "adaptive"
+    assert options.forward_reserved is True
+
+
+@pytest.mark.parametrize(
+    ("argument", "found"),
+    [
+        ("--cpus=a", r"'a' is no list of CPUs \(write it as 1,2\)"),
+        ("--workers=many", "invalid int value: 'many'"),
+        ("--poll=lazy", "invalid choice: 'lazy'"),
+        ("--frobnicate", "unrecognized arguments: --frobnicate"),
+    ],
+)
+def test_options_that_make_no_sense_are_told_in_one_line(argument, found):
+    with pytest.raises(ConfigError, match=f"cannot start: .*{found}"):
+        parse_options(["--run-dir=/r", argument])
