@@ -24,7 +24,7 @@ from ports.native import (
     store_release_u64,
     swap_if_u64,
 )
-from ports.vhost import split
+from ports.vhost import chain, split
 from ports.views import port_at, ring_at
 
 _RING_SIZE: Final = RING.itemsize
@@ -46,7 +46,7 @@ def receive(ring: Record, port: Record, ctx: Record, tally: Record) -> int:
 @jit
 def asks_for_offload(frame: Record, header_len: int) -> bool:
     """Whether a frame's header asks for what was not negotiated; 0 means no header."""
-    return split.asks_for_offload(frame, header_len)
+    return chain.asks_for_offload(frame, header_len)
 
 
 @jit

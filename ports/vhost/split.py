@@ -23,20 +23,16 @@ virtio 1.2 §2.7.
 
 from ports.base import (
     NO_FD,
-    RING_BROKEN,
     RING_RUNNING,
 )
 from ports.burst import (
     BAD_CHAIN,
-    BAD_HEADER,
     BURST_SIZE,
-    ETH_SNAPSHOT,
     MAX_FRAME,
     MAX_SEGMENTS,
     MAX_TARGETS,
     MIN_FRAME,
     TOO_LONG,
-    TOO_SHORT,
 )
 from ports.native import (
     Record,
@@ -45,18 +41,16 @@ from ports.native import (
     fence,
     jit,
     load_acquire_u16,
-    load_any_u16,
     load_any_u64,
     load_u16,
     load_u64,
     prefetch_read,
     prefetch_write,
-    store_any_u16,
-    store_any_u32,
     store_any_u64,
     store_release_u16,
     store_u16,
 )
+from ports.vhost.chain import break_ring, describe, scatter, write_header
 from ports.vhost.memory import append_pieces, find_region, region_rows, translate
 from ports.vhost.virtio import (
     AVAIL_F_NO_INTERRUPT,
@@ -70,7 +64,6 @@ from ports.vhost.virtio import (
     F_EVENT_IDX,
     F_INDIRECT_DESC,
     F_MRG_RXBUF,
-    NET_HDR_LEN,
     USED_ELEM_SIZE,
     USED_F_NO_NOTIFY,
     USED_FLAGS,
@@ -83,10 +76,6 @@ from ports.views import frame_at, region_at, segment_at
 _LEN_MASK = 0xFFFFFFFF
 _FLAGS_SHIFT = 32
 _NEXT_SHIFT = 48
-_NET_HDR_F_NEEDS_CSUM = 1
-# flags and gso_type share the header's first 16 bits.
-_OFFLOAD_MASK = _NET_HDR_F_NEEDS_CSUM | 0xFF00
-_NUM_BUFFERS_ONE = 1 << 16  # the last four bytes of a header: csum_offset, num_buffers
 
 # Verdicts of `_put_pieces` beside a number of chains.
 _PUT_FULL = 0
@@ -134,7 +123,7 @@ def take(ring: Record, port: Record, ctx: Record, calls: Record) -> int:
     if pending == 0:
         return 0
     if pending > size:
-        _break(ring, calls)
+        break_ring(ring, calls)
         return 0
     n = min(pending, BURST_SIZE)
     mask = size - 1
@@ -154,7 +143,7 @@ def take(ring: Record, port: Record, ctx: Record, calls: Record) -> int:
     for i in range(n):
         head = load_u16(avail + AVAIL_RING + 2 * ((next_avail + i) & mask))
         if head >= size:
-            _break(ring, calls)
+            break_ring(ring, calls)
             n = i
             break
         entry = desc + DESC_SIZE * head
@@ -187,18 +176,6 @@ def take(ring: Record, port: Record, ctx: Record, calls: Record) -> int:
     ring["next_avail"] = (next_avail + n) & 0xFFFF
     ring["next_used"] = (next_used + n) & 0xFFFF
     return n
-
-
-@jit
-def asks_for_offload(frame: Record, header_len: int) -> bool:
-    """Whether a frame in one piece carries a header we did not offer to understand.
-
-    Frames in several pieces were looked at by `_take_chain`.
-    """
-    eth = int(frame["eth"])
-    if eth != int(frame["addr"]):
-        return False
-    return (load_any_u16(eth - header_len) & _OFFLOAD_MASK) != 0
 
 
 @jit
@@ -273,70 +250,12 @@ def _take_chain(
         word = load_any_u64(entry + 8)
     frame = frame_at(int(ctx["burst"]), i)
     if verdict == 0:
-        verdict = _describe(ctx, frame, i, n_segments, end, int(ring["header_len"]))
+        verdict = describe(ctx, frame, i, n_segments, end, int(ring["header_len"]))
     if verdict != 0:
         frame["length"] = verdict
         frame["segments"] = 0
         return n_segments
     return end
-
-
-@jit
-def _describe(
-    ctx: Record, frame: Record, i: int, begin: int, end: int, header_len: int
-) -> int:
-    """Cut the header off the pieces [begin, end) and make them frame; 0 or a verdict.
-
-    The header may be spread over any number of pieces.
-    """
-    segments = int(ctx["segments"])
-    total = 0
-    for k in range(begin, end):
-        total += int(segment_at(segments, k)["len"])
-    if total <= header_len:
-        return BAD_CHAIN
-    heads = int(ctx["heads"]) + (i + 1) * ETH_SNAPSHOT
-    _gather(segments, begin, end, 0, heads, 2)
-    if load_u16(heads) & _OFFLOAD_MASK:
-        return BAD_HEADER
-    length = total - header_len
-    if length < MIN_FRAME:
-        return TOO_SHORT
-    if length > MAX_FRAME:
-        return TOO_LONG
-    _gather(segments, begin, end, header_len, heads, MIN_FRAME)
-    skip = header_len
-    while skip >= int(segment_at(segments, begin)["len"]):
-        skip -= int(segment_at(segments, begin)["len"])
-        begin += 1
-    opening = segment_at(segments, begin)
-    opening["addr"] = int(opening["addr"]) + skip
-    opening["len"] = int(opening["len"]) - skip
-    frame["addr"] = int(opening["addr"])
-    frame["eth"] = heads
-    frame["length"] = length
-    frame["segments"] = end - begin
-    frame["first_segment"] = begin
-    return 0
-
-
-@jit
-def _gather(
-    segments: int, begin: int, end: int, skip: int, dst: int, length: int
-) -> None:
-    """Copy `length` bytes that start `skip` bytes into the pieces."""
-    for k in range(begin, end):
-        piece = int(segment_at(segments, k)["len"])
-        if skip >= piece:
-            skip -= piece
-            continue
-        part = min(piece - skip, length)
-        copy_bytes(dst, int(segment_at(segments, k)["addr"]) + skip, part)
-        dst += part
-        length -= part
-        skip = 0
-        if length == 0:
-            return
 
 
 @jit
@@ -357,7 +276,7 @@ def put(ring: Record, port: Record, ctx: Record, n: int, tally: Record) -> int:
     size = int(ring["size"])
     room = (load_acquire_u16(avail + AVAIL_IDX) - next_avail) & 0xFFFF
     if room > size:
-        _break(ring, tally)
+        break_ring(ring, tally)
         tally["tx_drop_not_ready"] += n
         return 0
     mask = size - 1
@@ -394,7 +313,7 @@ def put(ring: Record, port: Record, ctx: Record, n: int, tally: Record) -> int:
                 prefetch_write(window_addr + guess)
         head = load_u16(avail + AVAIL_RING + 2 * ((next_avail + taken) & mask))
         if head >= size:
-            _break(ring, tally)
+            break_ring(ring, tally)
             tally["tx_drop_not_ready"] += n - k
             break
         entry = desc + DESC_SIZE * head
@@ -415,7 +334,7 @@ def put(ring: Record, port: Record, ctx: Record, n: int, tally: Record) -> int:
                     offset = gpa - window_gpa
             if 0 <= offset <= window_size - need:
                 addr = window_addr + offset
-                _write_header(addr, header_len, 1)
+                write_header(addr, header_len, 1)
                 copy_bytes(addr + header_len, int(frame["addr"]), length)
                 slot = used + USED_ELEM_SIZE * ((next_used + taken) & mask)
                 store_any_u64(slot, head | (need << 32))
@@ -450,16 +369,6 @@ def put(ring: Record, port: Record, ctx: Record, n: int, tally: Record) -> int:
     tally["tx_frames"] += arrived
     tally["tx_bytes"] += sent_bytes
     return arrived
-
-
-@jit
-def _write_header(addr: int, header_len: int, num_buffers: int) -> None:
-    """Write a header that asks for nothing. virtio 1.2 §5.1.6.4.1: num_buffers >= 1."""
-    store_any_u64(addr, 0)
-    if header_len == NET_HDR_LEN:
-        store_any_u32(addr + 8, num_buffers << 16)
-    else:
-        store_any_u16(addr + 8, 0)
 
 
 @jit
@@ -499,7 +408,7 @@ def _put_pieces(
             return _PUT_TOO_LONG
         head = load_u16(avail + 2 * ((next_avail + chains) & mask))
         if head >= size:
-            _break(ring, tally)
+            break_ring(ring, tally)
             return _PUT_BROKEN
         before = end
         end = _collect_targets(ring, ctx, first, count, head, end)
@@ -517,8 +426,8 @@ def _put_pieces(
         missing -= filled
         chains += 1
     header = int(ctx["heads"])
-    _write_header(header, header_len, chains)
-    _scatter(ctx, frame, header, header_len)
+    write_header(header, header_len, chains)
+    scatter(ctx, frame, header, header_len)
     return chains
 
 
@@ -585,37 +494,6 @@ def _collect_targets(
 
 
 @jit
-def _scatter(ctx: Record, frame: Record, header: int, header_len: int) -> None:
-    """Copy the header, then the frame's pieces, into the collected targets."""
-    targets = int(ctx["targets"])
-    segments = int(ctx["segments"])
-    target = 0
-    at = int(segment_at(targets, 0)["addr"])
-    left = int(segment_at(targets, 0)["len"])
-    pieces = int(frame["segments"])
-    begin = int(frame["first_segment"])
-    for k in range(-1, pieces):
-        if k < 0:
-            src, length = header, header_len
-        elif pieces == 1:
-            src, length = int(frame["addr"]), int(frame["length"])
-        else:
-            src = int(segment_at(segments, begin + k)["addr"])
-            length = int(segment_at(segments, begin + k)["len"])
-        while length > 0:
-            while left == 0:
-                target += 1
-                at = int(segment_at(targets, target)["addr"])
-                left = int(segment_at(targets, target)["len"])
-            part = min(left, length)
-            copy_bytes(at, src, part)
-            at += part
-            left -= part
-            src += part
-            length -= part
-
-
-@jit
 def call(ring: Record, tally: Record) -> None:
     """Interrupt the driver if it asked for that. virtio 1.2 §2.7.10."""
     if int(ring["call_fd"]) == NO_FD:
@@ -658,12 +536,3 @@ def stop_kicks(ring: Record) -> None:
     """Ask the driver not to kick. With EVENT_IDX a stale event index does that."""
     if (int(ring["features"]) & F_EVENT_IDX) == 0:
         store_u16(int(ring["used"]) + USED_FLAGS, USED_F_NO_NOTIFY)
-
-
-@jit
-def _break(ring: Record, tally: Record) -> None:
-    """Stop serving a ring whose indexes make no sense, and tell the front-end."""
-    ring["state"] = RING_BROKEN
-    tally["broken_rings"] += 1
-    if int(ring["err_fd"]) != NO_FD:
-        eventfd_signal(int(ring["err_fd"]))

@@ -1,0 +1,156 @@
+"""What both ring formats do with a chain once its descriptors are read.
+
+A chain is a list of pieces of guest memory. On the way in it becomes a frame: header cut
+off, bytes counted. On the way out it is a list of targets that a header and a frame are
+spread over. How chains are found and given back is the formats' own: `split`, `packed`.
+
+virtio 1.2 §2.7.4 message framing, §5.1.6 network device operation.
+"""
+
+from ports.base import NO_FD, RING_BROKEN
+from ports.burst import (
+    BAD_CHAIN,
+    BAD_HEADER,
+    ETH_SNAPSHOT,
+    MAX_FRAME,
+    MIN_FRAME,
+    TOO_LONG,
+    TOO_SHORT,
+)
+from ports.native import (
+    Record,
+    copy_bytes,
+    eventfd_signal,
+    jit,
+    load_any_u16,
+    load_u16,
+    store_any_u16,
+    store_any_u32,
+    store_any_u64,
+)
+from ports.vhost.virtio import NET_HDR_LEN
+from ports.views import segment_at
+
+_NET_HDR_F_NEEDS_CSUM = 1
+# flags and gso_type share the header's first 16 bits.
+_OFFLOAD_MASK = _NET_HDR_F_NEEDS_CSUM | 0xFF00
+
+
+@jit
+def describe(
+    ctx: Record, frame: Record, i: int, begin: int, end: int, header_len: int
+) -> int:
+    """Cut the header off the pieces [begin, end) and make them frame; 0 or a verdict.
+
+    The header may be spread over any number of pieces.
+    """
+    segments = int(ctx["segments"])
+    total = 0
+    for k in range(begin, end):
+        total += int(segment_at(segments, k)["len"])
+    if total <= header_len:
+        return BAD_CHAIN
+    heads = int(ctx["heads"]) + (i + 1) * ETH_SNAPSHOT
+    _gather(segments, begin, end, 0, heads, 2)
+    if load_u16(heads) & _OFFLOAD_MASK:
+        return BAD_HEADER
+    length = total - header_len
+    if length < MIN_FRAME:
+        return TOO_SHORT
+    if length > MAX_FRAME:
+        return TOO_LONG
+    _gather(segments, begin, end, header_len, heads, MIN_FRAME)
+    skip = header_len
+    while skip >= int(segment_at(segments, begin)["len"]):
+        skip -= int(segment_at(segments, begin)["len"])
+        begin += 1
+    opening = segment_at(segments, begin)
+    opening["addr"] = int(opening["addr"]) + skip
+    opening["len"] = int(opening["len"]) - skip
+    frame["addr"] = int(opening["addr"])
+    frame["eth"] = heads
+    frame["length"] = length
+    frame["segments"] = end - begin
+    frame["first_segment"] = begin
+    return 0
+
+
+@jit
+def _gather(
+    segments: int, begin: int, end: int, skip: int, dst: int, length: int
+) -> None:
+    """Copy `length` bytes that start `skip` bytes into the pieces."""
+    for k in range(begin, end):
+        piece = int(segment_at(segments, k)["len"])
+        if skip >= piece:
+            skip -= piece
+            continue
+        part = min(piece - skip, length)
+        copy_bytes(dst, int(segment_at(segments, k)["addr"]) + skip, part)
+        dst += part
+        length -= part
+        skip = 0
+        if length == 0:
+            return
+
+
+@jit
+def asks_for_offload(frame: Record, header_len: int) -> bool:
+    """Whether a frame in one piece carries a header we did not offer to understand.
+
+    Frames in several pieces were looked at by `_take_chain`.
+    """
+    eth = int(frame["eth"])
+    if eth != int(frame["addr"]):
+        return False
+    return (load_any_u16(eth - header_len) & _OFFLOAD_MASK) != 0
+
+
+@jit
+def write_header(addr: int, header_len: int, num_buffers: int) -> None:
+    """Write a header that asks for nothing. virtio 1.2 §5.1.6.4.1: num_buffers >= 1."""
+    store_any_u64(addr, 0)
+    if header_len == NET_HDR_LEN:
+        store_any_u32(addr + 8, num_buffers << 16)
+    else:
+        store_any_u16(addr + 8, 0)
+
+
+@jit
+def scatter(ctx: Record, frame: Record, header: int, header_len: int) -> None:
+    """Copy the header, then the frame's pieces, into the collected targets."""
+    targets = int(ctx["targets"])
+    segments = int(ctx["segments"])
+    target = 0
+    at = int(segment_at(targets, 0)["addr"])
+    left = int(segment_at(targets, 0)["len"])
+    pieces = int(frame["segments"])
+    begin = int(frame["first_segment"])
+    for k in range(-1, pieces):
+        if k < 0:
+            src, length = header, header_len
+        elif pieces == 1:
+            src, length = int(frame["addr"]), int(frame["length"])
+        else:
+            src = int(segment_at(segments, begin + k)["addr"])
+            length = int(segment_at(segments, begin + k)["len"])
+        while length > 0:
+            while left == 0:
+                target += 1
+                at = int(segment_at(targets, target)["addr"])
+                left = int(segment_at(targets, target)["len"])
+            part = min(left, length)
+            copy_bytes(at, src, part)
+            at += part
+            left -= part
+            src += part
+            length -= part
+
+
+@jit
+def break_ring(ring: Record, tally: Record) -> None:
+    """Stop serving a ring whose indexes make no sense, and tell the front-end."""
+    ring["state"] = RING_BROKEN
+    tally["broken_rings"] += 1
+    if int(ring["err_fd"]) != NO_FD:
+        eventfd_signal(int(ring["err_fd"]))
