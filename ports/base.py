@@ -42,10 +42,11 @@ RING: Final = np.dtype(
         ("owner", "<i8"),  # worker that polls it (rx), starts and repairs it (both)
         ("port", "<i8"),
         ("shared", "<i8"),  # 1: several workers may put into it, so take the lock
-        ("size", "<i8"),  # entries, a power of two
+        ("size", "<i8"),  # entries; a power of two where split
         ("header_len", "<i8"),  # bytes of virtio-net header, 12 or 10
         ("features", "<i8"),  # negotiated virtio feature bits
-        ("desc", "<i8"),  # our addresses of the three parts
+        # Our addresses of the three parts; packed: ring, driver's and device's events.
+        ("desc", "<i8"),
         ("avail", "<i8"),
         ("used", "<i8"),
         (
@@ -54,15 +55,22 @@ RING: Final = np.dtype(
         ),  # what a sleeping worker waits for; the tap itself for a tap
         ("call_fd", "<i8"),
         ("err_fd", "<i8"),
-        ("control_pad", "<i8", (2,)),
+        ("packed", "<i8"),  # 1: packed, 0: split
+        ("number", "<i8"),  # of this row, to find its REDO rows
         # Written by the worker that polls it, or by whoever holds the lock.
         ("lock", "<i8"),  # 0 free, else worker number + 1
-        ("next_avail", "<i8"),  # free-running, modulo 2**16
+        # Split: free-running, modulo 2**16. Packed: an index and the lap in bit 15.
+        ("next_avail", "<i8"),
         ("next_used", "<i8"),
         ("signalled_used", "<i8"),  # next_used at the last call check; -1: call first
-        ("data_pad", "<i8", (12,)),
+        ("redo", "<i8"),  # packed: REDO rows that are being written to the ring
+        ("data_pad", "<i8", (11,)),
     ]
 )
+
+# What is written to a packed ring to give a batch back; REDO_ROWS rows a ring.
+REDO_ROWS: Final = 128
+REDO: Final = np.dtype([("addr", "<i8"), ("word", "<i8")])
 
 REGION: Final = np.dtype(
     [

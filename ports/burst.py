@@ -54,6 +54,7 @@ CONTEXT: Final = np.dtype(
         ("header", "<i8"),
         ("ports", "<i8"),
         ("rings", "<i8"),
+        ("redo", "<i8"),
         ("regions", "<i8"),
         ("fdb", "<i8"),
         ("counters", "<i8"),

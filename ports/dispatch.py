@@ -24,7 +24,7 @@ from ports.native import (
     store_release_u64,
     swap_if_u64,
 )
-from ports.vhost import chain, split
+from ports.vhost import chain, virtqueue
 from ports.views import port_at, ring_at
 
 _RING_SIZE: Final = RING.itemsize
@@ -37,7 +37,7 @@ _MAX_SPINS: Final = 1 << 16
 def receive(ring: Record, port: Record, ctx: Record, tally: Record) -> int:
     """Take up to a burst of frames from the port; return how many."""
     if int(port["kind"]) == KIND_VHOST_USER:
-        return split.take(ring, port, ctx, tally)
+        return virtqueue.take(ring, port, ctx, tally)
     if int(port["kind"]) == KIND_TAP:
         return tap_data.receive(port, ctx)
     return 0
@@ -50,11 +50,11 @@ def asks_for_offload(frame: Record, header_len: int) -> bool:
 
 
 @jit
-def release(ring: Record, port: Record, tally: Record) -> None:
-    """Give back what the last `receive` took; its frames are not ours any more."""
+def release(ring: Record, port: Record, ctx: Record, n: int, tally: Record) -> None:
+    """Give back the `n` frames of the last `receive`; they are not ours any more."""
     if int(port["kind"]) == KIND_VHOST_USER:
-        split.release(ring)
-        split.call(ring, tally)
+        virtqueue.release(ring, ctx, n)
+        virtqueue.call(ring, tally)
 
 
 @jit
@@ -87,19 +87,25 @@ def _transmit_ring(
         tally["tx_drop_not_ready"] += n
         return 0
     if int(ring["shared"]) == 0:
-        arrived = split.put(ring, port, ctx, n, tally)
+        arrived = virtqueue.put(ring, port, ctx, n, tally)
         if arrived > 0:
-            split.call(ring, tally)
+            virtqueue.call(ring, tally)
         return arrived
     lock = int(ctx["rings"]) + index * _RING_SIZE + _LOCK
     if not _lock(lock, worker + 1):
         tally["tx_drop_lock_busy"] += n
         return 0
-    arrived = split.put(ring, port, ctx, n, tally)
+    arrived = virtqueue.put(ring, port, ctx, n, tally)
     if arrived > 0:
-        split.call(ring, tally)
-    store_release_u64(lock, 0)
+        virtqueue.call(ring, tally)
+    unlock(ctx, index)
     return arrived
+
+
+@jit
+def unlock(ctx: Record, index: int) -> None:
+    """Free a ring's lock: what its holder wrote is there for the next one."""
+    store_release_u64(int(ctx["rings"]) + index * _RING_SIZE + _LOCK, 0)
 
 
 @jit
@@ -118,7 +124,7 @@ def _lock(lock: int, owner: int) -> bool:
 def ask_for_kicks(ring: Record, port: Record) -> bool:
     """Ask to be woken by the next frame; True if one is here already."""
     if int(port["kind"]) == KIND_VHOST_USER:
-        return split.ask_for_kicks(ring)
+        return virtqueue.ask_for_kicks(ring)
     return False
 
 
@@ -126,4 +132,4 @@ def ask_for_kicks(ring: Record, port: Record) -> bool:
 def stop_kicks(ring: Record, port: Record) -> None:
     """Ask not to be woken, since we are looking."""
     if int(port["kind"]) == KIND_VHOST_USER:
-        split.stop_kicks(ring)
+        virtqueue.stop_kicks(ring)

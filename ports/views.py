@@ -2,12 +2,13 @@
 
 from typing import Final
 
-from ports.base import PORT, REGION, RING
+from ports.base import PORT, REDO, REGION, RING
 from ports.burst import FRAME, SEGMENT
 from ports.native import records_at
 
 port_at: Final = records_at(PORT)
 ring_at: Final = records_at(RING)
+redo_at: Final = records_at(REDO)
 region_at: Final = records_at(REGION)
 frame_at: Final = records_at(FRAME)
 segment_at: Final = records_at(SEGMENT)

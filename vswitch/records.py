@@ -77,6 +77,7 @@ class Shared(NamedTuple):
     header: NDArray[np.void]  # HEADER[1]
     ports: NDArray[np.void]  # PORT[MAX_PORTS]
     rings: NDArray[np.void]  # RING[MAX_PORTS * RINGS_PER_PORT]
+    redo: NDArray[np.void]  # REDO[MAX_PORTS * RINGS_PER_PORT, REDO_ROWS]
     regions: NDArray[np.void]  # REGION[MAX_PORTS * 2 * MAX_REGIONS]
     fdb: NDArray[np.void]  # FDB[FDB_BUCKETS]
     counters: NDArray[np.void]  # COUNTERS[MAX_WORKERS, MAX_PORTS]

@@ -17,7 +17,16 @@ import numpy as np
 import posix_ipc
 from numpy.typing import NDArray
 
-from ports.base import MAX_PORTS, MAX_REGIONS, PORT, REGION, RING, RINGS_PER_PORT
+from ports.base import (
+    MAX_PORTS,
+    MAX_REGIONS,
+    PORT,
+    REDO,
+    REDO_ROWS,
+    REGION,
+    RING,
+    RINGS_PER_PORT,
+)
 from ports.counters import COUNTERS
 from vswitch.errors import VswitchError
 from vswitch.records import FDB, FDB_BUCKETS, HEADER, MAX_WORKERS, WORKER, Shared
@@ -30,6 +39,7 @@ _TABLES: Final[tuple[tuple[str, "np.dtype[Any]", tuple[int, ...]], ...]] = (
     ("header", HEADER, (1,)),
     ("ports", PORT, (MAX_PORTS,)),
     ("rings", RING, (MAX_PORTS * RINGS_PER_PORT,)),
+    ("redo", REDO, (MAX_PORTS * RINGS_PER_PORT, REDO_ROWS)),
     ("regions", REGION, (MAX_PORTS * 2 * MAX_REGIONS,)),
     ("fdb", FDB, (FDB_BUCKETS,)),
     ("counters", COUNTERS, (MAX_WORKERS, MAX_PORTS)),

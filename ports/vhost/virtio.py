@@ -41,6 +41,27 @@ USED_F_NO_NOTIFY: Final = 1
 
 MAX_QUEUE_SIZE: Final = 32768
 
+# Packed virtqueues, virtio 1.2 §2.8: descriptors of the same size, with an id between
+# len and flags; and two event areas of u16 off_wrap, u16 flags (§2.8.14).
+PACKED_DESC: Final = np.dtype(
+    [
+        ("addr", "<u8"),  # guest-physical address
+        ("len", "<u4"),  # bytes
+        ("id", "<u2"),  # of the chain, in its last descriptor
+        ("flags", "<u2"),  # DESC_F_*
+    ]
+)
+DESC_F_AVAIL: Final = 1 << 7
+DESC_F_USED: Final = 1 << 15
+EVENT_OFF_WRAP: Final = 0
+EVENT_FLAGS: Final = 2
+EVENT_LEN: Final = 4
+EVENT_ENABLE: Final = 0
+EVENT_DISABLE: Final = 1
+EVENT_DESC: Final = 2
+# Where a fresh packed ring begins: index 0, first lap; also for the used half.
+PACKED_BASE: Final = 1 << 15
+
 
 def avail_len(size: int) -> int:
     """Bytes of an available ring of `size` entries, event word included."""
@@ -78,3 +99,5 @@ F_INDIRECT_DESC: Final = 1 << 28
 F_EVENT_IDX: Final = 1 << 29
 F_PROTOCOL_FEATURES: Final = 1 << 30  # vhost-user
 F_VERSION_1: Final = 1 << 32
+F_RING_PACKED: Final = 1 << 34
+F_IN_ORDER: Final = 1 << 35

@@ -24,7 +24,8 @@ class Side:
 
     def __init__(self, guest, number, offset):
         self.guest, self.size = guest, guest.size
-        self.record = guest.plane.shared.rings[guest.slot * RINGS_PER_PORT + number]
+        row = guest.slot * RINGS_PER_PORT + number
+        self.record = guest.plane.shared.rings[row]
         self.desc = offset
         self.avail = offset + 16 * self.size
         self.used = self.avail + (6 + 2 * self.size + 63) // 64 * 64
@@ -37,6 +38,7 @@ class Side:
             "enabled": 1,
             "owner": 0,
             "port": guest.slot,
+            "number": row,
             "size": self.size,
             "header_len": guest.header_len,
             "features": guest.features,

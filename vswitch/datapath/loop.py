@@ -15,7 +15,7 @@ from ports import dispatch
 from ports.base import KIND_VHOST_USER, RING_RUNNING, RING_STARTING, RINGS_PER_PORT
 from ports.burst import CONTEXT, make_scratch
 from ports.native import Record, Records, jit, pause, rdtsc
-from ports.vhost import split
+from ports.vhost import virtqueue
 from ports.views import port_at, ring_at
 from vswitch.datapath import fdb, forward
 from vswitch.datapath.views import header_at, tally_at, worker_at
@@ -58,7 +58,7 @@ def poll_turn(
     while True:
         moved = 0
         for at in range(polled.size):
-            moved += _serve(ctx, worker, polled[at], now_s)
+            moved += _serve(ctx, worker, int(polled[at]), now_s)
         rounds += 1
         now = rdtsc()
         if moved > 0:
@@ -97,7 +97,7 @@ def _serve(ctx: Record, worker: int, index: int, now_s: int) -> int:
         # vhost-user: a disabled ring of a running device is drained and discarded.
         tally["rx_frames"] += n
         tally["rx_drop_disabled"] += n
-    dispatch.release(ring, port, tally)
+    dispatch.release(ring, port, ctx, n, tally)
     return n
 
 
@@ -118,7 +118,7 @@ def start_rings(ctx: Record, worker: int) -> int:
             int(port_at(int(ctx["ports"]), int(ring["port"]))["kind"])
             == KIND_VHOST_USER
         ):
-            split.start(ring)
+            virtqueue.start(ring)
         else:
             ring["state"] = RING_RUNNING
         started += 1
@@ -152,9 +152,8 @@ def repair_rings(ctx: Record, dead: int, worker: int) -> int:
         alone = int(ring["shared"]) == 0 and int(ring["owner"]) == worker
         polled = index % 2 == 1 and int(ring["owner"]) == worker
         if held or alone or polled:
-            split.resync(ring)
-            split.stop_kicks(ring)
-            ring["lock"] = 0
+            virtqueue.resync(ring, ctx)
+            dispatch.unlock(ctx, index)
             repaired += 1
     return repaired
 
@@ -164,7 +163,7 @@ def ask_for_kicks(ctx: Record, worker: int, polled: Records) -> int:
     """Before sleep: ask every guest to kick; the number of rings with frames."""
     waiting = 0
     for at in range(polled.size):
-        ring = ring_at(int(ctx["rings"]), polled[at])
+        ring = ring_at(int(ctx["rings"]), int(polled[at]))
         if int(ring["state"]) == RING_RUNNING and int(ring["owner"]) == worker:
             port = port_at(int(ctx["ports"]), int(ring["port"]))
             waiting += int(dispatch.ask_for_kicks(ring, port))
@@ -175,7 +174,7 @@ def ask_for_kicks(ctx: Record, worker: int, polled: Records) -> int:
 def stop_kicks(ctx: Record, worker: int, polled: Records) -> None:
     """After sleep: we are looking again."""
     for at in range(polled.size):
-        ring = ring_at(int(ctx["rings"]), polled[at])
+        ring = ring_at(int(ctx["rings"]), int(polled[at]))
         if int(ring["state"]) == RING_RUNNING and int(ring["owner"]) == worker:
             dispatch.stop_kicks(ring, port_at(int(ctx["ports"]), int(ring["port"])))
 
