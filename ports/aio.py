@@ -1,6 +1,8 @@
-"""Wait for a descriptor that asyncio's streams do not cover."""
+"""What asyncio does not have: waiting for descriptors, work that is not cut short."""
 
 import asyncio
+from collections.abc import Coroutine
+from typing import Any
 
 
 async def readable(fd: int) -> None:
@@ -23,6 +25,16 @@ async def writable(fd: int) -> None:
         await ready
     finally:
         loop.remove_writer(fd)
+
+
+async def unbroken(work: Coroutine[Any, Any, None]) -> None:
+    """Do `work` to its end; a cancellation meanwhile takes effect only after it."""
+    task = asyncio.create_task(work)
+    try:
+        await asyncio.shield(task)
+    except asyncio.CancelledError:
+        await asyncio.wait([task])
+        raise
 
 
 def _set(ready: "asyncio.Future[None]") -> None:

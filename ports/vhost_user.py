@@ -27,7 +27,7 @@ from typing import Final, NamedTuple, cast
 
 import numpy as np
 
-from ports.aio import readable, writable
+from ports.aio import readable, unbroken, writable
 from ports.base import (
     KIND_NONE,
     KIND_VHOST_USER,
@@ -43,10 +43,17 @@ from ports.base import (
 from ports.burst import MAX_FRAME
 from ports.errors import PortError, ProtocolError
 from ports.host import Host, Mapping
+from ports.vhost import virtio
 from ports.vhost.channel import Channel
 from ports.vhost.features import feature_names
 from ports.vhost.messages import Message
-from ports.vhost.session import NOT_SHARED, Session, WantedRegion, WantedRing
+from ports.vhost.session import (
+    NOT_SHARED,
+    BaseReply,
+    Session,
+    WantedRegion,
+    WantedRing,
+)
 
 _LONGEST_PATH: Final = 107  # sockaddr_un, without its final zero
 _ETHERNET_AND_TAG: Final = 18
@@ -65,12 +72,32 @@ class State(NamedTuple):
     reason: str
 
 
-class _Running(NamedTuple):
-    """What a ring was started with; a difference to what is wanted stops it."""
+class _Basis(NamedTuple):
+    """What a running ring rests on; if any of it changes, the ring has to stop."""
 
-    basis: tuple[object, ...]
+    places: tuple[object, ...]  # its three parts: part of a file, offset
+    num: int
+    features: int | None
+    kick_fd: int  # the session's
+    err_fd: int
+
+
+class _Running(NamedTuple):
+    """What a ring was started with."""
+
+    basis: _Basis
+    base: int  # packed: the position that the front-end gave
     kick: int  # numbers in workers, NO_FD for none
     err: int
+
+
+class _Left(NamedTuple):
+    """Where a packed ring stood when its front-end went away without stopping it."""
+
+    places: tuple[object, ...]
+    num: int
+    base: int
+    position: int
 
 
 class VhostUserPort:
@@ -90,10 +117,11 @@ class VhostUserPort:
         self._listener: socket.socket | None = None
         self._tasks: list[asyncio.Task[None]] = []
         self._session: Session | None = None
-        self._ending: asyncio.Task[None] | None = None
         self._features_since = 0.0
         self._mapped: list[tuple[WantedRegion, Mapping]] = []
         self._running: dict[int, _Running] = {}
+        self._left: dict[int, _Left] = {}
+        self._ran: set[int] = set()  # rings that ran since the front-end connected
         self._calls: dict[int, tuple[int, int]] = {}  # ring: our fd, number in workers
         self._table_half = 0
         self._trouble = ""
@@ -125,8 +153,6 @@ class VhostUserPort:
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
-        if self._ending:
-            await self._ending
         if self._listener:
             self._listener.close()
             self.path.unlink(missing_ok=True)
@@ -211,6 +237,7 @@ class VhostUserPort:
         channel = Channel(connection)
         session = self._session = Session(self._pairs)
         self._features_since = 0.0
+        self._ran.clear()
         self._log("connected")
         try:
             await self._converse(channel, session)
@@ -222,9 +249,7 @@ class VhostUserPort:
             _log.exception("port %s: closing the connection", self.name)
         finally:
             channel.close()
-            # Runs to its end even while the port is being closed; `close` waits for it.
-            self._ending = asyncio.create_task(self._disconnect(session))
-            await asyncio.shield(self._ending)
+            await unbroken(self._disconnect(session))
 
     async def _converse(self, channel: Channel, session: Session) -> None:
         while True:
@@ -240,14 +265,14 @@ class VhostUserPort:
                 )
             reply = step.reply
             try:
-                await self._reconcile(session)
+                await unbroken(self._reconcile(session))
             except (OSError, MemoryError) as error:
                 self._log(f"cannot take what the front-end gave: {error}")
                 if step.nack is None:
                     raise ProtocolError("cannot go on without it") from error
                 reply = step.nack
             if step.base is not None:
-                reply = step.base.encode(self._next_index(step.base.index))
+                reply = step.base.encode(self._next_index(step.base))
             if reply is not None:
                 await self._send(channel, reply)
             _close_all(session.take_retired())
@@ -274,8 +299,10 @@ class VhostUserPort:
             channel.flush()
 
     async def _disconnect(self, session: Session) -> None:
+        packed, running = session.packed, dict(self._running)
         session.close()
         await self._reconcile(session)
+        self._left = self._positions(running) if packed else {}
         _close_all(session.take_retired())
         self._session = None
         await self._host.flush(self._slot, also_static=False)
@@ -337,7 +364,7 @@ class VhostUserPort:
                     mapping = await self._map(region)
                     added.append(mapping)
                 new.append((region, mapping))
-        except OSError:
+        except (OSError, MemoryError):
             await self._host.unmap(added)
             raise
         self._write_table(new)
@@ -408,11 +435,13 @@ class VhostUserPort:
             numbers += await self._host.install([fd]) if fd != NO_FD else [NO_FD]
         kick, err = numbers
         basis = _basis(session, ring)
-        self._running[ring.index] = _Running(basis, kick, err)
+        base = virtio.PACKED_BASE if ring.base is None else ring.base
+        self._running[ring.index] = _Running(basis, base, kick, err)
+        self._ran.add(ring.index)
         assert ring.areas is not None  # noqa: S101 (runnable rings have areas)
         record = self._ring(ring.index)
         record["owner"] = self._host.owner_for(self._slot, ring.index // 2)
-        record["port"] = self._slot
+        record["port"], record["number"] = self._slot, self._number(ring.index)
         record["shared"] = int(self._host.several)
         record["size"] = ring.num
         record["header_len"] = session.header_len
@@ -422,8 +451,32 @@ class VhostUserPort:
             region, mapping = self._mapped[place.region]
             record[part] = _address(region, mapping) + place.offset
         record["lock"] = 0
+        record["packed"] = int(session.packed)
+        record["next_avail"] = self._position(ring.index)
+        record["signalled_used"] = base
         record["kick_fd"], record["err_fd"] = kick, err
         await self._install_call(ring.index, ring.call_fd)
+
+    def _positions(self, running: dict[int, _Running]) -> dict[int, _Left]:
+        """Where packed rings stand that were stopped because the front-end is gone."""
+        return {
+            index: _Left(
+                basis.places, basis.num, base, int(self._ring(index)["next_used"])
+            )
+            for index, (basis, base, _, _) in running.items()
+        }
+
+    def _position(self, index: int) -> int:
+        """Where to take up a packed ring: its base, unless we know better.
+
+        A front-end that lost us does not know how far we came, and says again what it
+        said at the ring's start.
+        """
+        basis, base, _, _ = self._running[index]
+        left = self._left.pop(index, None)
+        if left and left[:3] == (basis.places, basis.num, base):
+            return left.position
+        return base
 
     def _publish(self, session: Session) -> None:
         """Say whether frames may flow, and into how many queue pairs."""
@@ -440,12 +493,17 @@ class VhostUserPort:
         record["pairs"] = pairs
         record["up"] = int(pairs > 0 and any(runs[RX::2]))
 
-    def _next_index(self, index: int) -> int:
+    def _next_index(self, stopped: BaseReply) -> int:
         """Next available index of a ring that was stopped: what it has consumed."""
-        return int(self._ring(index)["next_used"])
+        if stopped.index not in self._ran:
+            return stopped.fallback
+        return int(self._ring(stopped.index)["next_used"])
+
+    def _number(self, index: int) -> int:
+        return self._slot * RINGS_PER_PORT + index
 
     def _ring(self, index: int) -> np.void:
-        return cast("np.void", self._host.rings[self._slot * RINGS_PER_PORT + index])
+        return cast("np.void", self._host.rings[self._number(index)])
 
     def _log(self, text: str) -> None:
         """Log a line; of a storm of lines (a reconnect loop) one in a while."""
@@ -459,13 +517,12 @@ class VhostUserPort:
             _log.info("port %s: more lines, silenced for a while", self.name)
 
 
-def _basis(session: Session, ring: WantedRing) -> tuple[object, ...]:
-    """What a running ring rests on; if any of it changes, the ring has to stop."""
+def _basis(session: Session, ring: WantedRing) -> _Basis:
     assert ring.areas is not None  # noqa: S101 (runnable rings have areas)
     places = tuple(
         (_file_part(session.memory[place.region]), place.offset) for place in ring.areas
     )
-    return (places, ring.num, session.features, ring.kick_fd, ring.err_fd)
+    return _Basis(places, ring.num, session.features, ring.kick_fd, ring.err_fd)
 
 
 def _identity(region: WantedRegion) -> tuple[int, ...]:

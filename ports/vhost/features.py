@@ -18,6 +18,8 @@ OFFERED: Final = (
     | virtio.F_EVENT_IDX
     | virtio.F_PROTOCOL_FEATURES
     | virtio.F_VERSION_1
+    | virtio.F_RING_PACKED
+    | virtio.F_IN_ORDER
 )
 OFFERED_PROTOCOL: Final = (
     messages.PF_MQ | messages.PF_REPLY_ACK | messages.PF_NET_MTU | messages.PF_STATUS

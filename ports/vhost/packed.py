@@ -85,8 +85,18 @@ _PUT_BAD: Final = -2
 
 @jit
 def start(ring: Record) -> None:
-    """Take up a ring at the position that was agreed, and ask the driver not to kick."""
+    """Take up a ring and ask the driver not to kick.
+
+    Where: at `next_avail`, where an earlier session left it; at the front-end's base,
+    in `signalled_used`, if the driver has begun anew since. After a front-end lost us
+    without a stop it repeats a base from before, and its ring would rest for ever.
+    """
+    base = int(ring["signalled_used"])
+    if int(ring["next_avail"]) != base and _is_fresh(ring):
+        ring["next_avail"] = base
+    ring["next_used"] = int(ring["next_avail"])
     ring["signalled_used"] = -1
+    ring["redo"] = 0
     stop_kicks(ring)
     ring["state"] = RING_RUNNING
 
@@ -110,6 +120,15 @@ def resync(ring: Record, redo: int) -> None:
         _publish(ring, redo, rows)
     else:
         ring["next_avail"] = int(ring["next_used"])
+
+
+@jit
+def _is_fresh(ring: Record) -> bool:
+    """Whether no slot was ever used: a driver begins with zeroes in its first lap."""
+    for index in range(int(ring["size"])):
+        if load_u64(_slot(ring, index) + _WORD) < 0:  # the sign is the USED bit
+            return False
+    return True
 
 
 @jit

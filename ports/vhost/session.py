@@ -25,7 +25,7 @@ Descriptors: `handle` takes over all that came with a message. Those it keeps ar
 wanted state; those it replaces wait in `take_retired` until no worker uses them; the
 rest are closed at once.
 
-Not here: dirty-page logging, memory slots, packed rings, a reverse channel.
+Not here: dirty-page logging, memory slots, a reverse channel.
 
 vhost-user: Back-end Program Conventions, Ring states, Communication.
 """
@@ -104,11 +104,17 @@ class BaseReply:
 
     index: int
     fallback: int  # position to report where the ring never ran
+    packed: bool = False
 
-    def encode(self, next_idx: int) -> bytes:
-        """The reply's bytes, `next_idx` being the first entry that was not taken."""
-        state = VringState(self.index, next_idx & 0xFFFF)
-        return encode_reply(Request.GET_VRING_BASE, state)
+    def encode(self, position: int) -> bytes:
+        """The reply's bytes, `position` being the first entry that was not taken.
+
+        Packed rings have a position for each side; we complete in order, so they are
+        the same.
+        """
+        position &= 0xFFFF
+        both = position << 16 | position if self.packed else position
+        return encode_reply(Request.GET_VRING_BASE, VringState(self.index, both))
 
 
 class Step(NamedTuple):
@@ -153,6 +159,11 @@ class Session:
     def features_known(self) -> bool:
         """Whether SET_FEATURES was seen; the driver has made up its mind."""
         return self.features is not None
+
+    @property
+    def packed(self) -> bool:
+        """Whether the driver chose packed rings."""
+        return bool((self.features or 0) & virtio.F_RING_PACKED)
 
     @property
     def header_len(self) -> int:
@@ -347,7 +358,8 @@ class Session:
 
     def _set_vring_num(self, payload: VringState, _fds: list[int]) -> None:
         ring, num = self._ring(payload.index), payload.num
-        check_num(ring.index, num)
+        # Whether a power of two is due is judged later where features are unknown.
+        check_num(ring.index, num, packed=self.packed or not self.features_known)
         if ring.runnable and num != ring.num:
             raise ProtocolError(f"ring {ring.index}: new size while it runs")
         ring.num = num
@@ -367,7 +379,7 @@ class Session:
 
     def _get_vring_base(self, payload: VringState, _fds: list[int]) -> BaseReply:
         ring = self._ring(payload.index)  # `num` means nothing in this request
-        reply = BaseReply(ring.index, ring.base or 0)
+        reply = BaseReply(ring.index, ring.base or 0, self.packed)
         self._stop(ring)
         return reply
 
@@ -413,7 +425,7 @@ class Session:
         by_default = self.features_known and not features & virtio.F_PROTOCOL_FEATURES
         for ring in self.rings:
             ring.enabled = by_default if ring.enable is None else ring.enable
-            ring.areas, ring.problem = find_areas(ring, self.memory)
+            ring.areas, ring.problem = find_areas(ring, self.memory, packed=self.packed)
             ready = self.features_known and ring.started
             ring.runnable = ready and ring.areas is not None
 

@@ -61,6 +61,7 @@ EVENT_DISABLE: Final = 1
 EVENT_DESC: Final = 2
 # Where a fresh packed ring begins: index 0, first lap; also for the used half.
 PACKED_BASE: Final = 1 << 15
+PACKED_INDEX: Final = PACKED_BASE - 1
 
 
 def avail_len(size: int) -> int:

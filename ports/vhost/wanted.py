@@ -61,7 +61,10 @@ class Place(NamedTuple):
 
 
 class RingAreas(NamedTuple):
-    """Where the three parts of a ring are, each contiguous within one region."""
+    """Where the three parts of a ring are, each contiguous within one region.
+
+    Packed: the ring, the driver's event area, the device's.
+    """
 
     desc: Place
     avail: Place
@@ -90,15 +93,24 @@ class WantedRing:
 
 
 def find_areas(
-    ring: WantedRing, memory: Sequence[WantedRegion]
+    ring: WantedRing, memory: Sequence[WantedRegion], *, packed: bool
 ) -> tuple[RingAreas | None, str]:
     """Where the ring's parts are, or None and what is wrong; nothing while unknown."""
     if ring.addr is None or not ring.num or not memory:
         return None, ""
+    if packed:
+        events = virtio.EVENT_LEN, virtio.EVENT_LEN
+        if (ring.base or 0) & virtio.PACKED_INDEX >= ring.num:
+            text = f"position {ring.base:#x} outside its {ring.num} entries"
+            return None, f"ring {ring.index}: {text}"
+    elif ring.num & (ring.num - 1):
+        return None, f"ring {ring.index}: size {ring.num}, not a power of two"
+    else:
+        events = virtio.avail_len(ring.num), virtio.used_len(ring.num)
     parts = (
         ("descriptor table", ring.addr.desc, ring.num * virtio.DESC_SIZE),
-        ("available ring", ring.addr.avail, virtio.avail_len(ring.num)),
-        ("used ring", ring.addr.used, virtio.used_len(ring.num)),
+        ("available ring", ring.addr.avail, events[0]),
+        ("used ring", ring.addr.used, events[1]),
     )
     for (name, start, length), (other, other_start, other_length) in combinations(
         parts, 2
@@ -142,12 +154,12 @@ def check_addresses(addr: VringAddr) -> None:
             )
 
 
-def check_num(index: int, num: int) -> None:
-    """Refuse a size that no split ring may have, virtio 1.2 §2.7."""
+def check_num(index: int, num: int, *, packed: bool) -> None:
+    """Refuse a size that no ring of the format may have, virtio 1.2 §2.7, §2.8."""
     if not 1 <= num <= virtio.MAX_QUEUE_SIZE:
         text = f"ring {index}: size {num}, not 1 to {virtio.MAX_QUEUE_SIZE}"
         raise ProtocolError(text)
-    if num & (num - 1):
+    if num & (num - 1) and not packed:
         raise ProtocolError(f"ring {index}: size {num}, not a power of two")
 
 

@@ -53,6 +53,7 @@ class PackedSide:
             "used": base + self.device,
             "next_avail": start,
             "next_used": start,
+            "signalled_used": start,
             "kick_fd": NO_FD,
             "call_fd": guest.call_fd,
             "err_fd": NO_FD,

@@ -373,3 +373,19 @@ def test_a_fresh_ring_begins_at_the_base_of_the_spec(bench):
     a.send(frame_to(B, A))
     assert bench.turn() == 1
     assert a.tx.reap() == [(0, 0, 0)]
+
+
+def test_a_driver_that_began_anew_is_met_at_its_base(bench):
+    a = bench.packed(A, start=PACKED_BASE)
+    a.tx.record["next_avail"] = 5 | LAP  # where an earlier session stood
+    a.send(frame_to(B, A))
+    assert bench.turn() == 1
+    assert a.tx.reap() == [(0, 0, 0)]
+
+
+def test_a_driver_that_went_on_is_met_where_it_stands(bench):
+    a = bench.packed(A, start=5 | LAP)
+    a.tx.record["signalled_used"] = PACKED_BASE  # what its front-end says again
+    a.send(frame_to(B, A))
+    assert bench.turn() == 1
+    assert a.tx.reap() == [(0, 0, 0)]

@@ -40,6 +40,7 @@ class Machine(NamedTuple):
         shared: Whether the switch can map the guest's memory; False is the mistake
             that everybody makes once.
         server: QEMU listens and the switch connects.
+        packed: The guest is offered packed rings.
     """
 
     name: str
@@ -50,6 +51,7 @@ class Machine(NamedTuple):
     memory_mib: int = 192
     shared: bool = True
     server: bool = False
+    packed: bool = False
 
 
 def is_installed() -> bool:
@@ -209,8 +211,9 @@ def _network(machine: Machine) -> Iterator[str]:
         return
     role = "server=on,wait=off" if machine.server else "reconnect=1"
     queues = f",queues={machine.queues}" if machine.queues > 1 else ""
-    mq = ",mq=on" if machine.queues > 1 else ""
-    device = f"virtio-net-pci,netdev=net0,mac={machine.mac},vectors=0,romfile={mq}"
+    extra = ",mq=on" if machine.queues > 1 else ""
+    extra += ",packed=on" if machine.packed else ""
+    device = f"virtio-net-pci,netdev=net0,mac={machine.mac},vectors=0,romfile={extra}"
     yield from ("-chardev", f"socket,id=port,path={machine.socket_path},{role}")
     yield from ("-netdev", f"vhost-user,id=net0,chardev=port{queues}")
     yield from ("-device", device)

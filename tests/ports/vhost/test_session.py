@@ -151,7 +151,7 @@ def test_protocol_features_come_before_features_and_again(front_end, session):
     assert not session.features_known
 
 
-@pytest.mark.parametrize("bit", [26, 34, 35, 63])
+@pytest.mark.parametrize("bit", [26, 38, 40, 63])
 def test_feature_that_was_not_offered_is_refused(front_end, session, bit):
     step = front_end.send(Request.SET_FEATURES, U64(FEATURES | 1 << bit))
     ended(step, "SET_FEATURES: not offered")
@@ -715,9 +715,21 @@ def test_ring_descriptor_that_would_block_is_made_not_to(front_end, session):
 @pytest.mark.parametrize("num", [0, 3, 1000, 32769, 65536, 2**32 - 1])
 def test_impossible_ring_size_is_refused(front_end, session, num):
     front_end.ack_replies()
+    front_end.send(Request.SET_FEATURES, U64(FEATURES))
     step = front_end.send(Request.SET_VRING_NUM, VringState(0, num), ack=True)
     nacked(step, f"SET_VRING_NUM: ring 0: size {num}, not")
     assert session.rings[0].num == 0
+
+
+def test_size_that_only_a_packed_ring_may_have_waits_for_the_features(
+    front_end, session
+):
+    for step in front_end.set_up(0, num=3):
+        assert not step().close
+    front_end.set_memory(LOW, HIGH)
+    front_end.send(Request.SET_FEATURES, U64(FEATURES))
+    assert not session.rings[0].runnable
+    assert "size 3, not a power of two" in session.problem
 
 
 @pytest.mark.parametrize("num", [1, 2, 256, 32768])
@@ -879,3 +891,63 @@ def test_no_sequence_of_messages_leaks_a_descriptor_or_raises(sequence):
             assert not ring.runnable or (ring.areas and session.features_known)
     front_end.close()
     assert open_fds() == before - 1
+
+
+# --- packed rings ---
+
+PACKED = FEATURES | virtio.F_VERSION_1 | virtio.F_RING_PACKED
+
+
+@pytest.fixture
+def packed(front_end):
+    """A front-end that chose packed rings and has its memory set."""
+    front_end.ack_replies()
+    front_end.send(Request.SET_FEATURES, U64(PACKED))
+    front_end.set_memory(LOW, HIGH)
+    return front_end
+
+
+@pytest.mark.parametrize(("num", "good"), [(0, 0), (3, 1), (32768, 1), (32769, 0)])
+def test_packed_rings_have_any_size_up_to_the_limit(packed, session, num, good):
+    step = packed.send(Request.SET_VRING_NUM, VringState(0, num), ack=True)
+    assert decode_reply(Request.SET_VRING_NUM, step.reply) == U64(not good)
+    assert session.rings[0].num == num * good
+
+
+def test_a_packed_rings_event_areas_are_four_bytes(packed, session):
+    end = LOW.frontend_va + SIZE
+    for step in packed.set_up(0, num=100):
+        step()
+    packed.send(Request.GET_VRING_BASE, VringState(0, 0))
+    areas = VringAddr(0, 0, desc=LOW.frontend_va, avail=end - 4, used=end - 8, log=0)
+    packed.send(Request.SET_VRING_ADDR, areas)
+    packed.set_fd(Request.SET_VRING_KICK, 0)
+    assert session.rings[0].runnable
+    assert session.rings[0].areas.avail == Place(0, SIZE - 4)
+
+
+@pytest.mark.parametrize(
+    ("base", "kept"), [(0x8000, 0x8000), (0x80058005, 0x8005), (0x7, 0x7)]
+)
+def test_a_packed_position_is_its_low_half_and_comes_back_in_both(
+    packed, session, base, kept
+):
+    packed.send(Request.SET_VRING_NUM, VringState(0, 256))
+    packed.send(Request.SET_VRING_BASE, VringState(0, base))
+    assert session.rings[0].base == kept
+    step = packed.send(Request.GET_VRING_BASE, VringState(0, 0))
+    assert step.base == BaseReply(0, kept, packed=True)
+    reply = decode_reply(Request.GET_VRING_BASE, step.base.encode(0x8123))
+    assert reply == VringState(0, 0x81238123)
+
+
+def test_a_packed_position_outside_the_ring_keeps_it_from_running(packed, session):
+    for step in packed.set_up(0, num=16):
+        step()
+    assert session.rings[0].runnable
+    packed.send(Request.GET_VRING_BASE, VringState(0, 0))
+    for step in packed.set_up(0, num=16)[2:]:
+        step()
+    packed.send(Request.SET_VRING_BASE, VringState(0, 0x8010), ack=True)
+    assert not session.rings[0].runnable
+    assert "position 0x8010 outside its 16 entries" in session.problem
