@@ -26,6 +26,7 @@ from ports.burst import (
     MAX_FRAME,
     MAX_SEGMENTS,
     MAX_TARGETS,
+    MAX_WALK,
     MIN_FRAME,
     TOO_LONG,
 )
@@ -289,7 +290,7 @@ def _take_chain(
             end = n_segments
         if (flags & DESC_F_NEXT) == 0:
             break
-        if slots == size:
+        if slots == min(size, MAX_WALK):
             return 0, word, n_segments
         # To its end even where it is bad: the next chain begins behind it.
         entry = _slot(ring, _advance(position, slots, size))
@@ -478,6 +479,8 @@ def _put_pieces(
     targets = int(ctx["targets"])
     missing = int(frame["length"]) + header_len
     begin = position
+    behind = position
+    first_word = 0
     end = 0
     rows = 0
     while missing > 0:
@@ -494,12 +497,14 @@ def _put_pieces(
         space = 0
         for k in range(before, end):
             space += int(segment_at(targets, k)["len"])
+        if rows == 0:
+            first_word = last
+            behind = _advance(position, slots, size)
         if end < 0 or space == 0 or (rows == 0 and space < header_len):
-            if rows > 0:
-                return 0, begin, _PUT_TOO_LONG
-            # Handed back empty: the guest gets its buffer, we get past it.
-            _note(ring, redo, 0, position, _used_word(position, last, 0))
-            return 1, _advance(position, slots, size), _PUT_BAD
+            # The first is handed back empty: the guest gets its buffer, we get past
+            # it. Where a later chain is the bad one, its turn comes.
+            _note(ring, redo, 0, begin, _used_word(begin, first_word, 0))
+            return 1, behind, _PUT_BAD
         filled = min(space, missing)
         _note(ring, redo, rows, position, _used_word(position, last, filled))
         missing -= filled
@@ -526,7 +531,7 @@ def _collect_targets(
     targets = int(ctx["targets"])
     slots = 0
     while True:
-        if slots == size:
+        if slots == min(size, MAX_WALK):
             return 0, 0, -1
         entry = _slot(ring, _advance(position, slots, size))
         gpa = load_u64(entry)
@@ -566,6 +571,7 @@ def _collect_targets(
 def call(ring: Record, tally: Record) -> None:
     """Interrupt the driver if it asked for that. virtio 1.2 §2.8.10."""
     if int(ring["call_fd"]) == NO_FD:
+        ring["signalled_used"] = -1
         return
     # Pairs with the driver's fence between enabling interrupts and looking at the ring.
     fence()

@@ -238,6 +238,18 @@ def test_a_readable_receive_buffer_is_never_written(bench):
     assert bench.drops(B) == {"tx_drop_bad_chain": 1}
 
 
+def test_a_bad_chain_behind_a_good_one_does_not_block_the_ring(bench):
+    a, b = bench.packed(A), bench.packed(B)
+    b.rx.offer(1, (GPA + 0x40000, 100, WRITE))
+    b.rx.offer(2, (GPA + 0x50000, 2048, 0))
+    b.rx.offer(3, (GPA + 0x60000, 2048, WRITE))
+    for n in range(3):
+        a.send(frame_to(B, A, 500), chain_id=n, offset=0x20000 + 1024 * n)
+    bench.turn()
+    assert b.rx.reap() == [(1, 0, 0), (2, 0, 0), (3, 512, WRITE)]
+    assert bench.drops(B) == {"tx_drop_bad_chain": 2}
+
+
 def test_a_full_ring_drops_what_it_has_no_room_for(bench):
     a, b = bench.packed(A), bench.packed(B)
     b.post(2)
