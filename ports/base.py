@@ -91,7 +91,7 @@ PORT: Final = np.dtype(
         ("fd", "<i8"),  # tap fd, NO_FD for others
         ("max_frame", "<i8"),  # longest frame we may transmit, bytes
         ("max_addresses", "<i8"),
-        ("control_pad", "<i8"),
+        ("offloads", "<i8"),  # F_GUEST_* that the receiver behind the port takes
         # Written by workers, atomically.
         ("addresses", "<i8"),  # learned addresses behind this port
         ("data_pad", "<i8", (7,)),

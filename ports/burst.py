@@ -15,6 +15,7 @@ from ports.base import MAX_PORTS
 
 BURST_SIZE: Final = 64
 MAX_SEGMENTS: Final = 64  # pieces of one frame; more is a guest that burns our time
+MAX_WALK: Final = 4 * MAX_SEGMENTS  # descriptors of a chain, empty ones included
 MAX_FRAME: Final = 65535 + 18  # longest IP packet, Ethernet header and a VLAN tag
 MIN_FRAME: Final = 14  # an Ethernet header
 ETH_SNAPSHOT: Final = 16  # bytes of the gathered head of a frame in small pieces
@@ -35,7 +36,7 @@ FRAME: Final = np.dtype(
         ("first_segment", "<i8"),  # row in the segments table, for more than one piece
         ("egress", "<i8"),  # port slot, or a negative verdict
         ("next", "<i8"),  # next frame of the burst for the same egress, -1 at the end
-        ("flood", "<i8"),  # 1: a copy for every port
+        ("offload", "<i8"),  # address of a clean virtio-net header, or 0: asks nothing
     ]
 )
 
@@ -59,11 +60,15 @@ CONTEXT: Final = np.dtype(
         ("fdb", "<i8"),
         ("counters", "<i8"),
         ("workers", "<i8"),
-        ("burst", "<i8"),  # FRAME[BURST_SIZE]
+        ("burst", "<i8"),  # FRAME[2 * BURST_SIZE]; the second half for `offload.lower`
         ("segments", "<i8"),  # SEGMENT rows of the burst
         ("targets", "<i8"),  # SEGMENT rows of one delivery
         ("heads", "<i8"),  # gathered heads; the first is for headers we write
         ("tap_slots", "<i8"),
+        ("headers", "<i8"),  # clean headers of frames that ask for something
+        ("lowered", "<i8"),  # a frame to be lowered, then what is made of it
+        ("lowered_rows", "<i8"),  # i8[]: the rows behind the burst
+        ("offloads", "<i8"),  # not an address: frames of the burst that ask
         ("picked", "<i8"),  # i8[]: frames for one egress
         ("first", "<i8"),  # i8[MAX_PORTS]: first frame for a port, or -1
         ("last", "<i8"),  # i8[MAX_PORTS]: last frame for a port
@@ -75,11 +80,14 @@ CONTEXT: Final = np.dtype(
 def make_scratch() -> dict[str, "np.ndarray[Any, np.dtype[Any]]"]:
     """Allocate a worker's scratch memory, by the names of CONTEXT's second half."""
     return {
-        "burst": np.zeros(BURST_SIZE, FRAME),
+        "burst": np.zeros(2 * BURST_SIZE, FRAME),
         "segments": np.zeros(BURST_SIZE * MAX_SEGMENTS, SEGMENT),
         "targets": np.zeros(MAX_TARGETS, SEGMENT),
         "heads": np.zeros((BURST_SIZE + 1) * ETH_SNAPSHOT, np.uint8),
         "tap_slots": np.zeros(BURST_SIZE * TAP_SLOT, np.uint8),
+        "headers": np.zeros(BURST_SIZE * 16, np.uint8),
+        "lowered": np.zeros((BURST_SIZE + 1) * TAP_SLOT, np.uint8),
+        "lowered_rows": np.arange(BURST_SIZE, 2 * BURST_SIZE),
         "picked": np.zeros(BURST_SIZE, np.int64),
         "first": np.full(MAX_PORTS, -1, np.int64),
         "last": np.zeros(MAX_PORTS, np.int64),

@@ -33,7 +33,13 @@ NAMES: Final = (
     "tx_drop_bad_chain",  # receive buffers that break the spec
     "tx_drop_lock_busy",  # another worker held the ring for too long
     "tx_drop_link_down",  # the tap interface is down or gone
+    "tx_drop_bad_offload",  # cannot be segmented: its bytes are not what its header says
+    # A frame that had to be segmented for this port is one copy but many tx_*: copies =
+    # tx_frames + tx_drop_* - tx_gso_segments + tx_gso_split.
+    "tx_gso_split",  # frames that were segmented
+    "tx_gso_segments",  # what they were cut into
     # Not part of the ledger.
+    "tx_csum_completed",  # checksums completed for a receiver that cannot
     "fdb_learned",
     "fdb_moved",
     "fdb_refused",  # source not learned: the port is at its limit of addresses

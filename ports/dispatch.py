@@ -7,7 +7,7 @@ line to each if-chain; chains of ints inline where function values do not.
 
 from typing import Final
 
-from ports import tap_data
+from ports import offload, tap_data
 from ports.base import (
     KIND_TAP,
     KIND_VHOST_USER,
@@ -19,13 +19,14 @@ from ports.base import (
 from ports.native import (
     Record,
     jit,
+    load_u64,
     pause,
     sched_yield,
     store_release_u64,
     swap_if_u64,
 )
 from ports.vhost import chain, virtqueue
-from ports.views import port_at, ring_at
+from ports.views import frame_at, port_at, ring_at
 
 _RING_SIZE: Final = RING.itemsize
 _LOCK: Final = RING.fields["lock"][1] if RING.fields else 0
@@ -45,8 +46,14 @@ def receive(ring: Record, port: Record, ctx: Record, tally: Record) -> int:
 
 @jit
 def asks_for_offload(frame: Record, header_len: int) -> bool:
-    """Whether a frame's header asks for what was not negotiated; 0 means no header."""
+    """Whether a frame's header asks for anything; `header_len` is not 0."""
     return chain.asks_for_offload(frame, header_len)
+
+
+@jit
+def accept_offload(ring: Record, ctx: Record, frame: Record, i: int) -> bool:
+    """Check what frame `i` of the burst asks for; False: it may not, or lies."""
+    return chain.accept_offload(ring, ctx, frame, i)
 
 
 @jit
@@ -64,18 +71,77 @@ def transmit(ctx: Record, egress: int, worker: int, n: int, tally: Record) -> in
     Every frame is counted in `tally`, sent or dropped.
     """
     port = port_at(int(ctx["ports"]), egress)
-    arrived = 0
     if int(port["up"]) == 0:
         tally["tx_drop_not_ready"] += n
-    elif int(port["kind"]) == KIND_TAP:
-        arrived = tap_data.transmit(port, ctx, n, tally)
-    else:
-        # One ring a worker where the guest has enough of them: a flow enters by one
-        # worker, so it leaves by one ring, in order.
-        pair = worker % max(int(port["pairs"]), 1)
-        index = egress * RINGS_PER_PORT + 2 * pair + TX
-        arrived = _transmit_ring(ctx, index, port, worker, n, tally)
+        return 0
+    if int(ctx["offloads"]) == 0:
+        return _transmit_run(ctx, port, egress, worker, n, tally)
+    return _transmit_mixed(ctx, port, egress, worker, n, tally)
+
+
+@jit
+def _transmit_mixed(
+    ctx: Record, port: Record, egress: int, worker: int, n: int, tally: Record
+) -> int:
+    """Send frames of which some have to be lowered for this port, in their order."""
+    able = int(port["offloads"])
+    picked = int(ctx["picked"])
+    begin = 0
+    arrived = 0
+    for k in range(n):
+        frame = frame_at(int(ctx["burst"]), load_u64(picked + 8 * k))
+        if offload.passes(frame, able):
+            continue
+        ctx["picked"] = picked + 8 * begin
+        if k > begin:
+            arrived += _transmit_run(ctx, port, egress, worker, k - begin, tally)
+        arrived += _transmit_lowered(ctx, port, egress, worker, frame, tally)
+        begin = k + 1
+    ctx["picked"] = picked + 8 * begin
+    if n > begin:
+        arrived += _transmit_run(ctx, port, egress, worker, n - begin, tally)
+    ctx["picked"] = picked
     return arrived
+
+
+@jit
+def _transmit_lowered(
+    ctx: Record, port: Record, egress: int, worker: int, frame: Record, tally: Record
+) -> int:
+    """Send what a frame is made into for a port that cannot take it as it is."""
+    ctx["picked"] = int(ctx["lowered_rows"])
+    made = 0
+    arrived = 0
+    at = 0
+    while True:
+        n, at = offload.lower(ctx, frame, at)
+        if n > 0:
+            arrived += _transmit_run(ctx, port, egress, worker, n, tally)
+        made += n
+        if at == 0:
+            break
+    if made == 0:
+        tally["tx_drop_bad_offload"] += 1
+    elif offload.is_cut(frame):
+        tally["tx_gso_split"] += 1
+        tally["tx_gso_segments"] += made
+    else:
+        tally["tx_csum_completed"] += 1
+    return arrived
+
+
+@jit
+def _transmit_run(
+    ctx: Record, port: Record, egress: int, worker: int, n: int, tally: Record
+) -> int:
+    """Send the `n` picked frames as they are."""
+    if int(port["kind"]) == KIND_TAP:
+        return tap_data.transmit(port, ctx, n, tally)
+    # One ring a worker where the guest has enough of them: a flow enters by one
+    # worker, so it leaves by one ring, in order.
+    pair = worker % max(int(port["pairs"]), 1)
+    index = egress * RINGS_PER_PORT + 2 * pair + TX
+    return _transmit_ring(ctx, index, port, worker, n, tally)
 
 
 @jit

@@ -4,6 +4,7 @@ Received frames lie in the worker's own slots; transmitted ones are handed to th
 as the pieces they are in, so the kernel's copy is the only one.
 """
 
+import errno
 from typing import Final
 
 from ports.base import NO_FD
@@ -17,8 +18,9 @@ from ports.burst import (
 from ports.native import Record, jit, load_u64, read_fd, writev_fd
 from ports.views import frame_at, segment_at
 
-_EAGAIN: Final = 11
-_ENOBUFS: Final = 105
+_EAGAIN: Final = errno.EAGAIN
+_ENOMEM: Final = errno.ENOMEM
+_ENOBUFS: Final = errno.ENOBUFS
 _SEGMENT_SIZE: Final = SEGMENT.itemsize
 
 
@@ -39,7 +41,7 @@ def receive(port: Record, ctx: Record) -> int:
         frame["eth"] = addr
         frame["length"] = length if length >= MIN_FRAME else TOO_SHORT
         frame["segments"] = 1
-        frame["flood"] = 0
+        frame["offload"] = 0
     return BURST_SIZE
 
 
@@ -63,7 +65,7 @@ def transmit(port: Record, ctx: Record, n: int, tally: Record) -> int:
         if got == length:
             arrived += 1
             tally["tx_bytes"] += length
-        elif got in (-_EAGAIN, -_ENOBUFS):
+        elif got in (-_EAGAIN, -_ENOBUFS, -_ENOMEM):
             tally["tx_drop_ring_full"] += 1
         else:
             tally["tx_drop_link_down"] += 1

@@ -45,7 +45,7 @@ from ports.errors import PortError, ProtocolError
 from ports.host import Host, Mapping
 from ports.vhost import virtio
 from ports.vhost.channel import Channel
-from ports.vhost.features import feature_names
+from ports.vhost.features import RECEIVER, feature_names
 from ports.vhost.messages import Message
 from ports.vhost.session import (
     NOT_SHARED,
@@ -491,6 +491,7 @@ class VhostUserPort:
         mtu = session.mtu
         record["max_frame"] = MAX_FRAME if mtu is None else mtu + _ETHERNET_AND_TAG
         record["pairs"] = pairs
+        record["offloads"] = (session.features or 0) & RECEIVER
         record["up"] = int(pairs > 0 and any(runs[RX::2]))
 
     def _next_index(self, stopped: BaseReply) -> int:

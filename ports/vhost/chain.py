@@ -7,6 +7,7 @@ spread over. How chains are found and given back is the formats' own: `split`, `
 virtio 1.2 §2.7.4 message framing, §5.1.6 network device operation.
 """
 
+from ports import offload
 from ports.base import NO_FD, RING_BROKEN
 from ports.burst import (
     BAD_CHAIN,
@@ -22,28 +23,25 @@ from ports.native import (
     copy_bytes,
     eventfd_signal,
     jit,
-    load_any_u16,
     load_u16,
+    load_u64,
     store_any_u16,
     store_any_u32,
     store_any_u64,
 )
-from ports.vhost.virtio import NET_HDR_LEN
+from ports.vhost.virtio import NET_HDR_LEN, NET_HDR_LEN_LEGACY
 from ports.views import segment_at
-
-_NET_HDR_F_NEEDS_CSUM = 1
-# flags and gso_type share the header's first 16 bits.
-_OFFLOAD_MASK = _NET_HDR_F_NEEDS_CSUM | 0xFF00
 
 
 @jit
 def describe(
-    ctx: Record, frame: Record, i: int, begin: int, end: int, header_len: int
+    ring: Record, ctx: Record, frame: Record, i: int, begin: int, end: int
 ) -> int:
     """Cut the header off the pieces [begin, end) and make them frame; 0 or a verdict.
 
     The header may be spread over any number of pieces.
     """
+    header_len = int(ring["header_len"])
     segments = int(ctx["segments"])
     total = 0
     for k in range(begin, end):
@@ -51,14 +49,17 @@ def describe(
     if total <= header_len:
         return BAD_CHAIN
     heads = int(ctx["heads"]) + (i + 1) * ETH_SNAPSHOT
-    _gather(segments, begin, end, 0, heads, 2)
-    if load_u16(heads) & _OFFLOAD_MASK:
-        return BAD_HEADER
     length = total - header_len
     if length < MIN_FRAME:
         return TOO_SHORT
     if length > MAX_FRAME:
         return TOO_LONG
+    _gather(segments, begin, end, 0, heads, NET_HDR_LEN_LEGACY)
+    if offload.asks(heads):
+        clean = int(ctx["headers"]) + i * offload.HEADER_SLOT
+        features = int(ring["features"])
+        if not offload.accept(frame, length, heads, features, clean):
+            return BAD_HEADER
     _gather(segments, begin, end, header_len, heads, MIN_FRAME)
     skip = header_len
     while skip >= int(segment_at(segments, begin)["len"]):
@@ -95,25 +96,42 @@ def _gather(
 
 
 @jit
-def asks_for_offload(frame: Record, header_len: int) -> bool:
-    """Whether a frame in one piece carries a header we did not offer to understand.
+def accept_offload(ring: Record, ctx: Record, frame: Record, i: int) -> bool:
+    """Check what frame `i` of the burst asks for; False: it may not, or lies.
 
-    Frames in several pieces were looked at by `_take_chain`.
+    The header of a frame in pieces was looked at by `describe`.
     """
-    eth = int(frame["eth"])
-    if eth != int(frame["addr"]):
-        return False
-    return (load_any_u16(eth - header_len) & _OFFLOAD_MASK) != 0
+    if int(frame["offload"]) != 0:
+        return True
+    header = int(frame["eth"]) - int(ring["header_len"])
+    clean = int(ctx["headers"]) + i * offload.HEADER_SLOT
+    length = int(frame["length"])
+    return offload.accept(frame, length, header, int(ring["features"]), clean)
 
 
 @jit
-def write_header(addr: int, header_len: int, num_buffers: int) -> None:
-    """Write a header that asks for nothing. virtio 1.2 §5.1.6.4.1: num_buffers >= 1."""
-    store_any_u64(addr, 0)
-    if header_len == NET_HDR_LEN:
-        store_any_u32(addr + 8, num_buffers << 16)
+def asks_for_offload(frame: Record, header_len: int) -> bool:
+    """Whether a frame's header asks for anything."""
+    eth = int(frame["eth"])
+    if eth != int(frame["addr"]):
+        return int(frame["offload"]) != 0
+    return offload.asks(eth - header_len)
+
+
+@jit
+def write_header(addr: int, header_len: int, frame: Record, num_buffers: int) -> None:
+    """Write a frame's header. virtio 1.2 §5.1.6.4.1: num_buffers >= 1."""
+    clean = int(frame["offload"])
+    csum_offset = 0
+    if clean == 0:
+        store_any_u64(addr, 0)
     else:
-        store_any_u16(addr + 8, 0)
+        store_any_u64(addr, load_u64(clean))
+        csum_offset = load_u16(clean + 8)
+    if header_len == NET_HDR_LEN:
+        store_any_u32(addr + 8, csum_offset | num_buffers << 16)
+    else:
+        store_any_u16(addr + 8, csum_offset)
 
 
 @jit

@@ -9,8 +9,18 @@ from typing import Final
 
 from ports.vhost import messages, virtio
 
+# What a guest's driver takes that another guest's may send, and the other way round.
+RECEIVER: Final = (
+    virtio.F_GUEST_CSUM | virtio.F_GUEST_TSO4 | virtio.F_GUEST_TSO6 | virtio.F_GUEST_ECN
+)
+SENDER: Final = (
+    virtio.F_CSUM | virtio.F_HOST_TSO4 | virtio.F_HOST_TSO6 | virtio.F_HOST_ECN
+)
+
 OFFERED: Final = (
-    virtio.F_MTU
+    RECEIVER
+    | SENDER
+    | virtio.F_MTU
     | virtio.F_MRG_RXBUF
     | virtio.F_MQ
     | virtio.F_ANY_LAYOUT

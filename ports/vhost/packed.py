@@ -19,6 +19,7 @@ virtio 1.2 §2.8.
 
 from typing import Final
 
+from ports import offload
 from ports.base import NO_FD, REDO_ROWS, RING_RUNNING
 from ports.burst import (
     BAD_CHAIN,
@@ -73,7 +74,8 @@ _LEN_MASK: Final = 0xFFFFFFFF
 _ID_MASK: Final = 0xFFFF << 32
 _FLAGS_SHIFT: Final = 48
 _SHAPE: Final = DESC_F_NEXT | DESC_F_WRITE | DESC_F_INDIRECT
-_OWNER: Final = DESC_F_AVAIL | DESC_F_USED
+# Both bits, as a negative number: flags are the upper end of a signed word.
+_OWNER: Final = (DESC_F_AVAIL | DESC_F_USED) - (1 << 16)
 _LAP: Final = 1 << 15  # of a position
 _INDEX: Final = _LAP - 1
 _AHEAD: Final = 8
@@ -212,7 +214,7 @@ def take(ring: Record, port: Record, ctx: Record, redo: int, tally: Record) -> i
         length = word & _LEN_MASK
         flags = (word >> _FLAGS_SHIFT) & _SHAPE
         frame = frame_at(burst, n)
-        frame["flood"] = 0
+        frame["offload"] = 0
         if flags == 0 and shortest <= length <= longest:
             offset = gpa - window_gpa
             if offset < 0 or offset > window_size - length:
@@ -299,7 +301,7 @@ def _take_chain(
         slots += 1
     frame = frame_at(int(ctx["burst"]), i)
     if verdict == 0:
-        verdict = describe(ctx, frame, i, n_segments, end, int(ring["header_len"]))
+        verdict = describe(ring, ctx, frame, i, n_segments, end)
     if verdict != 0:
         frame["length"] = verdict
         frame["segments"] = 0
@@ -382,7 +384,7 @@ def put(
     for k in range(n):
         frame = frame_at(burst, load_u64(picked + 8 * k))
         length = int(frame["length"])
-        if length > max_frame:
+        if length > max_frame and offload.wire_length(frame) > max_frame:
             tally["tx_drop_too_long"] += 1
             continue
         entry = _slot(ring, position)
@@ -409,7 +411,7 @@ def put(
                     offset = gpa - window_gpa
             if 0 <= offset <= window_size - need:
                 addr = window_addr + offset
-                write_header(addr, header_len, 1)
+                write_header(addr, header_len, frame, 1)
                 copy_bytes(addr + header_len, int(frame["addr"]), length)
                 _note(ring, redo, noted, position, _used_word(position, word, need))
                 position = _advance(position, 1, size)
@@ -511,7 +513,7 @@ def _put_pieces(
         rows += 1
         position = _advance(position, slots, size)
     header = int(ctx["heads"])
-    write_header(header, header_len, rows)
+    write_header(header, header_len, frame, rows)
     scatter(ctx, frame, header, header_len)
     return rows, position, 1
 

@@ -21,6 +21,7 @@ The common shapes (one buffer a frame) are handled in the loops of `take` and `p
 virtio 1.2 §2.7.
 """
 
+from ports import offload
 from ports.base import (
     NO_FD,
     RING_RUNNING,
@@ -31,6 +32,7 @@ from ports.burst import (
     MAX_FRAME,
     MAX_SEGMENTS,
     MAX_TARGETS,
+    MAX_WALK,
     MIN_FRAME,
     TOO_LONG,
 )
@@ -153,7 +155,7 @@ def take(ring: Record, port: Record, ctx: Record, calls: Record) -> int:
         flags = (word >> _FLAGS_SHIFT) & 0xFFFF
         store_any_u64(used + USED_ELEM_SIZE * ((next_used + i) & mask), head)
         frame = frame_at(burst, i)
-        frame["flood"] = 0
+        frame["offload"] = 0
         if flags == 0 and shortest <= length <= longest:
             offset = gpa - window_gpa
             if offset < 0 or offset > window_size - length:
@@ -191,7 +193,7 @@ def _take_chain(
 ) -> int:
     """Describe a chain of any shape as frame `i`; return segment rows in use.
 
-    Walks at most `size` descriptors, direct and indirect together.
+    Walks at most `size` and at most MAX_WALK descriptors, direct and indirect together.
     virtio 1.2 §2.7.5.3 indirect descriptors, §2.7.4.2 message framing.
     """
     size = int(ring["size"])
@@ -203,7 +205,7 @@ def _take_chain(
     table_gpa = 0
     table_len = size
     verdict = 0
-    budget = size
+    budget = min(size, MAX_WALK)
     while True:
         length = word & _LEN_MASK
         flags = (word >> _FLAGS_SHIFT) & 0xFFFF
@@ -250,7 +252,7 @@ def _take_chain(
         word = load_any_u64(entry + 8)
     frame = frame_at(int(ctx["burst"]), i)
     if verdict == 0:
-        verdict = describe(ctx, frame, i, n_segments, end, int(ring["header_len"]))
+        verdict = describe(ring, ctx, frame, i, n_segments, end)
     if verdict != 0:
         frame["length"] = verdict
         frame["segments"] = 0
@@ -301,7 +303,7 @@ def put(ring: Record, port: Record, ctx: Record, n: int, tally: Record) -> int:
         if taken == room:
             tally["tx_drop_ring_full"] += n - k
             break
-        if length > max_frame:
+        if length > max_frame and offload.wire_length(frame) > max_frame:
             tally["tx_drop_too_long"] += 1
             continue
         if taken + _AHEAD < room:
@@ -334,7 +336,7 @@ def put(ring: Record, port: Record, ctx: Record, n: int, tally: Record) -> int:
                     offset = gpa - window_gpa
             if 0 <= offset <= window_size - need:
                 addr = window_addr + offset
-                write_header(addr, header_len, 1)
+                write_header(addr, header_len, frame, 1)
                 copy_bytes(addr + header_len, int(frame["addr"]), length)
                 slot = used + USED_ELEM_SIZE * ((next_used + taken) & mask)
                 store_any_u64(slot, head | (need << 32))
@@ -352,7 +354,8 @@ def put(ring: Record, port: Record, ctx: Record, n: int, tally: Record) -> int:
         elif got == _PUT_TOO_LONG:
             tally["tx_drop_too_long"] += 1
         elif got == _PUT_BAD:
-            # Handed back empty: the guest gets its buffer, we get past it.
+            # Handed back empty: the guest gets its buffer, we get past it. Where a
+            # later chain is the bad one, its turn comes.
             slot = used + USED_ELEM_SIZE * ((next_used + taken) & mask)
             store_any_u64(slot, head)
             taken += 1
@@ -413,20 +416,19 @@ def _put_pieces(
         before = end
         end = _collect_targets(ring, ctx, first, count, head, end)
         if end < 0:
-            # Only the chain at our position can be handed back.
-            return _PUT_BAD if chains == 0 else _PUT_TOO_LONG
+            return _PUT_BAD
         space = 0
         for k in range(before, end):
             space += int(segment_at(targets, k)["len"])
         if space == 0 or (chains == 0 and space < header_len):
-            return _PUT_BAD if chains == 0 else _PUT_TOO_LONG
+            return _PUT_BAD
         filled = min(space, missing)
         slot = used + USED_ELEM_SIZE * ((next_used + chains) & mask)
         store_any_u64(slot, head | (filled << 32))
         missing -= filled
         chains += 1
     header = int(ctx["heads"])
-    write_header(header, header_len, chains)
+    write_header(header, header_len, frame, chains)
     scatter(ctx, frame, header, header_len)
     return chains
 
@@ -451,7 +453,7 @@ def _collect_targets(
     table_gpa = 0
     table_len = size
     following = head
-    for _ in range(size + 1):
+    for _ in range(min(size, MAX_WALK) + 1):
         entry = table + DESC_SIZE * following
         if table == 0:
             entry_gpa = table_gpa + DESC_SIZE * following
@@ -497,6 +499,7 @@ def _collect_targets(
 def call(ring: Record, tally: Record) -> None:
     """Interrupt the driver if it asked for that. virtio 1.2 §2.7.10."""
     if int(ring["call_fd"]) == NO_FD:
+        ring["signalled_used"] = -1
         return
     # Pairs with the driver's fence between enabling interrupts and looking at used.idx:
     # either it sees our index, or we see its wish.

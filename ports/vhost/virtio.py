@@ -90,8 +90,23 @@ NET_HDR: Final = np.dtype(
 NET_HDR_LEN: Final = NET_HDR.itemsize
 NET_HDR_LEN_LEGACY: Final = NET_HDR_LEN - 2
 
-# Feature bits, as masks. virtio 1.2 §5.1.3, §6; vhost-user for the two vhost ones.
+NET_HDR_F_NEEDS_CSUM: Final = 1
+NET_HDR_GSO_NONE: Final = 0
+NET_HDR_GSO_TCPV4: Final = 1
+NET_HDR_GSO_TCPV6: Final = 4
+NET_HDR_GSO_ECN: Final = 0x80
+
+# Feature bits, as masks. virtio 1.2 §5.1.3, §6; vhost-user for the two vhost ones. GUEST
+# is what the guest's driver takes, HOST (and CSUM) what it may send.
+F_CSUM: Final = 1 << 0
+F_GUEST_CSUM: Final = 1 << 1
 F_MTU: Final = 1 << 3
+F_GUEST_TSO4: Final = 1 << 7
+F_GUEST_TSO6: Final = 1 << 8
+F_GUEST_ECN: Final = 1 << 9
+F_HOST_TSO4: Final = 1 << 11
+F_HOST_TSO6: Final = 1 << 12
+F_HOST_ECN: Final = 1 << 13
 F_MRG_RXBUF: Final = 1 << 15
 F_MQ: Final = 1 << 22
 F_LOG_ALL: Final = 1 << 26  # vhost

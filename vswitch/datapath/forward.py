@@ -29,6 +29,7 @@ FLOOD: Final = -1
 DROP: Final = -2
 _NO_FRAME: Final = -1
 _NO_KEY: Final = 0
+_NO_ADDRESS: Final = -1  # differs from whatever a frame may hold
 
 
 @jit
@@ -63,12 +64,13 @@ def decide(
     last = int(ctx["last"])
     egresses = int(ctx["egresses"])
     last_src = _NO_KEY
-    last_dst = _NO_KEY
+    last_dst = _NO_ADDRESS
     last_egress = DROP
     n_egresses = 0
     n_bytes = 0
     forwarded = 0
     flooded = 0
+    offloads = 0
     for i in range(n):
         frame = frame_at(burst, i)
         length = int(frame["length"])
@@ -81,9 +83,11 @@ def decide(
         dst = read_destination(eth)
         src = read_source(eth)
         if header_len > 0 and dispatch.asks_for_offload(frame, header_len):
-            frame["egress"] = DROP
-            tally["rx_drop_bad_header"] += 1
-            continue
+            if not dispatch.accept_offload(ring, ctx, frame, i):
+                frame["egress"] = DROP
+                tally["rx_drop_bad_header"] += 1
+                continue
+            offloads += 1
         if src == _NO_KEY or is_group(src):
             frame["egress"] = DROP
             tally["rx_drop_bad_source"] += 1
@@ -91,6 +95,8 @@ def decide(
         if src != last_src:
             fdb.learn(ctx, src, ingress, worker, now_s, tally)
             last_src = src
+            if src == last_dst:
+                last_dst = _NO_ADDRESS
         if is_group(dst):
             if forward_reserved == 0 and is_reserved(dst):
                 frame["egress"] = DROP
@@ -125,6 +131,7 @@ def decide(
         else:
             frame_at(burst, load_u64(last + 8 * egress))["next"] = i
         store_u64(last + 8 * egress, i)
+    ctx["offloads"] = offloads
     tally["rx_frames"] += n
     tally["rx_bytes"] += n_bytes
     tally["rx_forwarded"] += forwarded
