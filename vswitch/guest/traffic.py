@@ -26,6 +26,8 @@ from vswitch.guest.layout import Layout
 ETHERTYPE: Final = 0x88B5  # for local experiments, IEEE 802
 _NO_LIMIT: Final = 1 << 39
 _ROOM: Final = 1 << 20
+_FINISH_S: Final = 10.0
+_SWEEP_S: Final = 0.001
 _COUNTED: Final = ("lost", "reordered", "duplicates", "corrupt", "received")
 
 
@@ -174,17 +176,18 @@ class Generator:
         layout.avail_entries[:] = np.arange(size)
 
     def finish(self, deadline: float) -> None:
-        """Wait until every frame came back, so that the ring can be used otherwise."""
-        if not self.record["raw"]:
-            return
+        """Wait until every frame came back: what was to arrive has arrived."""
         layout, ring = self.layout, self.layout.ring
         position = int(ring["avail_idx"])
         while layout.device_position() != position:
             if time.monotonic() > deadline:
                 raise GuestError("the switch keeps frames that were sent")
             time.sleep(0)
-        ring["used_idx"] = position
-        layout.all_free(position)
+        if self.record["raw"]:
+            ring["used_idx"] = position
+            layout.all_free(position)
+        else:
+            driver.reap(ring)
 
 
 class Sink:
@@ -267,20 +270,27 @@ def run(
     offsets, lengths = np.zeros((2, 1024), np.int64)
     sending = np.array([g.record for g in generators], stream.GENERATOR)
     receiving = np.array([s.record for s in sinks], stream.SINK)
-    cycles = stream.exchange(
-        int(sending.ctypes.data),
-        len(sending),
-        int(receiving.ctypes.data),
-        len(receiving),
-        int(seconds * hz),
-        int(linger * hz),
-        enough,
-        offsets,
-        lengths,
-    )
+
+    def exchange(generating: int, seconds: float, linger: float) -> int:
+        return stream.exchange(
+            int(sending.ctypes.data),
+            generating,
+            int(receiving.ctypes.data),
+            len(receiving),
+            int(seconds * hz),
+            int(linger * hz),
+            enough,
+            offsets,
+            lengths,
+        )
+
+    cycles = exchange(len(sending), seconds, linger)
     for generator, row in zip(generators, sending, strict=True):
         generator.table[0] = row
-        generator.finish(time.monotonic() + 5)
+        generator.finish(time.monotonic() + _FINISH_S)
+    # A switch that had no processor for a while may have been silent for longer than
+    # we linger; by now it has delivered everything.
+    exchange(0, 0.0, _SWEEP_S)
     for sink, row in zip(sinks, receiving, strict=True):
         sink.table[0] = row
     after = _count(generators, sinks)
