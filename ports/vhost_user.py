@@ -28,6 +28,7 @@ from typing import Final, NamedTuple, cast
 import numpy as np
 
 from ports.aio import readable, unbroken, writable
+from ports.appear import appeared
 from ports.base import (
     KIND_NONE,
     KIND_VHOST_USER,
@@ -57,7 +58,8 @@ from ports.vhost.session import (
 
 _LONGEST_PATH: Final = 107  # sockaddr_un, without its final zero
 _ETHERNET_AND_TAG: Final = 18
-_CONNECT_S: Final = 0.05
+_CONNECT_S: Final = 0.01
+_LOOK_AGAIN_S: Final = 1.0
 _MEMORY_DUE_S: Final = 1.0
 _LOG_WINDOW_S: Final = 10.0
 _LOG_LINES: Final = 20
@@ -228,7 +230,11 @@ class VhostUserPort:
             except OSError as error:
                 connection.close()
                 self._trouble = _errno_name(error)
-                await asyncio.sleep(_CONNECT_S)
+                if isinstance(error, FileNotFoundError):
+                    await appeared(self.path, _LOOK_AGAIN_S)
+                else:
+                    # Nothing tells when somebody begins to listen on a socket.
+                    await asyncio.sleep(_CONNECT_S)
                 continue
             await self._serve(connection)
 
