@@ -1,6 +1,6 @@
 # Bare `make` lists the targets; anything longer than a line is in .ci/ or a tool's own file.
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-tests demo test check lint test-fast test-python bench format clean
+.PHONY: help setup setup-tests demo test check lint test-fast test-python test-bounds bench format clean
 
 BIN := .venv/bin
 UNIT := tests/control tests/datapath tests/ports tests/test_architecture.py
@@ -31,6 +31,9 @@ test-fast: setup-tests ## run the tests that need no processes
 
 test-python: setup-tests ## run the unit tests with Numba switched off
 	@NUMBA_DISABLE_JIT=1 $(BIN)/python -m pytest $(UNIT)
+
+test-bounds: setup-tests ## run the unit tests with every array index checked
+	@NUMBA_BOUNDSCHECK=1 $(BIN)/python -m pytest $(UNIT)
 
 bench: setup-tests ## measure guest to guest
 	@$(BIN)/python -m bench.guest_to_guest

@@ -10,6 +10,7 @@ Numba-free: the manager asks `is_warm` before it decides who compiles.
 import hashlib
 import os
 import shutil
+import stat
 import tempfile
 from functools import cache
 from pathlib import Path
@@ -48,9 +49,21 @@ def _base() -> Path:
     try:
         base.mkdir(parents=True, exist_ok=True)
     except OSError:
-        base = Path(tempfile.gettempdir()) / f"vswitch-{os.getuid()}" / "jit"
-        base.mkdir(mode=0o700, parents=True, exist_ok=True)
+        private = Path(tempfile.gettempdir()) / f"vswitch-{os.getuid()}"
+        private.mkdir(mode=0o700, exist_ok=True)
+        # Anybody may have made it before us, and what lies there is run.
+        if not _is_private(private):
+            message = f"{private} is not ours alone (set VSWITCH_CACHE_DIR)"
+            raise PermissionError(message) from None
+        base = private / "jit"
+        base.mkdir(exist_ok=True)
     return base
+
+
+def _is_private(directory: Path) -> bool:
+    status = directory.lstat()
+    ours = stat.S_ISDIR(status.st_mode) and status.st_uid == os.getuid()
+    return ours and not status.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
 
 
 @cache

@@ -51,6 +51,7 @@ HEADER_SLOT: Final = 16
 _U16: Final = 0xFFFF
 _ASKS: Final = NET_HDR_F_NEEDS_CSUM | 0xFF00
 _MIN_GSO_SIZE: Final = 32  # smaller ones would only burn our time
+_MAX_TCP_START: Final = 512  # all headers before it are copied to every segment
 
 _ETHERTYPE: Final = 12
 _TAG: Final = 4
@@ -99,6 +100,8 @@ def accept(frame: Record, length: int, header: int, features: int, clean: int) -
         if not _may_cut(gso_type, features):
             return False
         least = csum_start + _TCP_HEADER
+        if csum_start > _MAX_TCP_START:
+            return False
         if gso_size < _MIN_GSO_SIZE or hdr_len > length or least > length:
             return False
         hdr_len = max(hdr_len, least)

@@ -1,7 +1,7 @@
-"""The device side of virtio-net, written as plainly as possible.
+"""The device side of virtio-net and the switch, written as plainly as possible.
 
-What the real one does with bursts, records and one copy, this does with `struct`, byte
-strings and a deque, straight from the spec. It is slow and obviously right.
+What the real ones do with bursts, records and one copy, this does with `struct`, byte
+strings, a deque and a dict, straight from the spec. It is slow and obviously right.
 """
 
 import struct
@@ -177,3 +177,23 @@ class Device:
                 data = data[length:]
             self.rx.give(chain.head, written)
         return True
+
+
+class Switch:
+    """A learning bridge (IEEE 802.1Q §8.7, §8.8) without ageing, in a dict."""
+
+    def __init__(self, ports):
+        self.ports, self.table = ports, {}
+
+    def forward(self, ingress, frame):
+        """The ports that get a copy, and the word that the frame is counted under."""
+        dst, src = frame[:6], frame[6:12]
+        if src == bytes(6) or src[0] & 1:
+            return [], "rx_drop_bad_source"
+        self.table[src] = ingress
+        egress = None if dst[0] & 1 else self.table.get(dst)
+        if egress is None:
+            return [port for port in self.ports if port != ingress], "rx_flooded"
+        if egress == ingress:
+            return [], "rx_drop_hairpin"
+        return [egress], "rx_forwarded"

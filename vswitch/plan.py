@@ -6,6 +6,7 @@ opened here.
 """
 
 import bisect
+import heapq
 from typing import Final
 
 _TIB: Final = 1 << 40
@@ -64,7 +65,7 @@ class NumberPlan:
             OSError: The limit of open files is reached.
         """
         if self._free:
-            return self._free.pop()
+            return heapq.heappop(self._free)
         if self._next >= self._limit:
             message = f"all {self._limit} file descriptors are in use (raise ulimit -n)"
             raise OSError(message)
@@ -73,4 +74,4 @@ class NumberPlan:
 
     def give_back(self, number: int) -> None:
         """Free a number; every worker has closed it."""
-        self._free.append(number)
+        heapq.heappush(self._free, number)

@@ -329,7 +329,7 @@ def _append_table(
     entries are passed over. virtio 1.2 §2.8.7.
     """
     entries = length // DESC_SIZE
-    if length % DESC_SIZE != 0 or entries < 1 or entries > size:
+    if length % DESC_SIZE != 0 or entries < 1 or entries > min(size, MAX_WALK):
         return -1
     for k in range(entries):
         entry = translate(regions, first, count, table_gpa + DESC_SIZE * k, DESC_SIZE)

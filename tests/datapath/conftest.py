@@ -18,6 +18,7 @@ from ports.base import (
 )
 from ports.counters import COUNTERS
 from ports.native import Record
+from tests.datapath.bench import Bench
 from vswitch.datapath import loop
 from vswitch.records import (
     FDB,
@@ -64,8 +65,25 @@ def make_shared():
     return shared
 
 
-@pytest.fixture
-def plane():
+def make_plane():
     shared = make_shared()
     ctx, keep = loop.make_context(shared)
     return Plane(shared, ctx, keep)
+
+
+@pytest.fixture
+def plane():
+    return make_plane()
+
+
+@pytest.fixture
+def bench(plane):
+    bench = Bench(plane)
+    yield bench
+    bench.check_ledger()
+    bench.close()
+
+
+@pytest.fixture
+def pair(bench):
+    return bench.pair()

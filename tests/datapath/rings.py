@@ -79,14 +79,16 @@ class Side:
 class Guest:
     """Port `slot` of a plane, up, with both rings starting."""
 
-    def __init__(self, plane, slot, features=DEFAULT, size=16, header_len=12):
+    def __init__(
+        self, plane, slot, features=DEFAULT, size=16, header_len=12, memory=None
+    ):
         self.plane, self.slot, self.size = plane, slot, size
         self.features, self.header_len = features, header_len
         self.call_fd = os.eventfd(0, os.EFD_NONBLOCK)
-        self.memory = np.zeros(MEMORY, np.uint8)
+        self.memory = np.zeros(MEMORY, np.uint8) if memory is None else memory
         row = slot * 2 * MAX_REGIONS
         region = plane.shared.regions[row]
-        region["gpa"], region["size"] = GPA, MEMORY
+        region["gpa"], region["size"] = GPA, len(self.memory)
         region["addr"] = self.memory.ctypes.data
         port = plane.shared.ports[slot]
         port["kind"], port["up"], port["pairs"] = KIND_VHOST_USER, 1, 1

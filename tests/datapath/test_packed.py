@@ -181,6 +181,18 @@ def test_a_receive_chain_without_an_end_breaks_only_its_ring(bench):
     assert a.tx.reap() == [(0, 0, 0)]
 
 
+@pytest.mark.parametrize(("empty", "arrived"), [(200, 1), (300, 0)])
+def test_a_long_table_of_nothing_does_not_hold_the_worker(bench, empty, arrived):
+    a, b = bench.packed(A, size=512), bench.packed(B)
+    b.post(1)
+    gpa = a.put(0x20000, bytes(12) + frame_to(B, A))
+    table(a, *[(gpa, 0, 0, 0)] * empty, (gpa, 76, 0, 0))
+    bench.turn()
+    assert len(a.tx.reap()) == 1
+    assert len(b.rx.reap()) == arrived
+    assert bench.drops(A) == ({} if arrived else {"rx_drop_bad_chain": 1})
+
+
 @pytest.mark.parametrize("count", [2, 7, 40])
 def test_a_frame_fills_as_many_mergeable_buffers_as_it_needs(bench, count):
     a = bench.packed(A)

@@ -8,7 +8,8 @@ hundred buckets a turn, so no turn is ever long.
 
 A port may own `PORT.max_addresses` entries. At its limit, or when a bucket is full, an
 address can only push out an expired one or the oldest learned entry of the port that
-owns most of the bucket: a guest that invents addresses pushes out its own.
+owns most of the bucket, its own port first: a guest that invents addresses pushes out
+its own.
 
 Shared by all workers. Readers take no lock: key, value, key again. Writers hold the
 bucket's lock word (worker number + 1), which `free_locks` clears if its owner died.
@@ -72,6 +73,8 @@ def bucket_of(fdb: int, seed: int, key: int) -> int:
 @jit
 def lookup(bucket: int, key: int, now_s: int, ageing_s: int) -> int:
     """Port slot behind `key`, or NOT_FOUND."""
+    if key == _NO_KEY:
+        return NOT_FOUND  # a guest may ask for it; it would match an empty way
     for way in range(FDB_WAYS):
         if load_u64(bucket + 8 * way) == key:
             value = load_u32(bucket + _VALUES + 4 * way)
@@ -153,7 +156,7 @@ def _place(bucket: int, port: int, at_limit: bool, now_s: int, ageing_s: int) ->
     An empty or expired one; else, if the port is at its limit, its own oldest; else the
     oldest of the port that owns most ways here.
     """
-    most = 0
+    most = _owned(bucket, port)
     victim_port = port
     for way in range(FDB_WAYS):
         key = load_u64(bucket + 8 * way)
@@ -281,11 +284,17 @@ def expire(ctx: Record, begin: int, count: int, worker: int, now_s: int) -> int:
 
 @jit
 def free_locks(ctx: Record, dead: int) -> int:
-    """Free the locks of a worker that died; how many there were."""
+    """Free the locks of a worker that died; how many there were.
+
+    It may have been at a control operation. If another is under way elsewhere at this
+    moment, it loses its lock: an entry may be wrong, where one that nobody ever frees
+    would stop a bucket from learning.
+    """
     freed = 0
     for index in range(FDB_BUCKETS):
         lock = int(ctx["fdb"]) + index * _BUCKET_SIZE + _LOCK
-        if load_u32(lock) == dead + 1:
+        owner = load_u32(lock)
+        if owner in (dead + 1, CONTROL):
             store_release_u32(lock, 0)
             freed += 1
     return freed

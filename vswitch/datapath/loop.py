@@ -23,6 +23,8 @@ from vswitch.records import Shared
 
 # An idle turn ends after this part of the budget, so that idling is noticed early.
 _IDLE_PART: Final = 8
+# A worker number that owns no ring and holds no lock: not -1, as 0 is a free lock.
+_NOBODY: Final = -2
 
 
 def make_context(shared: Shared) -> tuple[Record, object]:
@@ -192,11 +194,15 @@ def read_cycles() -> int:
 
 
 def warm_up(ctx: Record, worker: int) -> None:
-    """Compile whatever a worker may call, by calling it on nothing."""
+    """Compile whatever a worker may call, by calling it on nothing.
+
+    The switch may be running: the rings belong to others, or were those of a dead
+    worker with our number, and the guests' memory is not mapped yet.
+    """
     none = np.zeros(0, np.int64)
     poll_turn(ctx, worker, none, 0, 1)
-    start_rings(ctx, worker)
-    repair_rings(ctx, -1, worker)
+    start_rings(ctx, _NOBODY)
+    repair_rings(ctx, _NOBODY, _NOBODY)
     ask_for_kicks(ctx, worker, none)
     stop_kicks(ctx, worker, none)
     expire(ctx, 0, 0, worker, 0)

@@ -1,0 +1,89 @@
+"""A tap's rings in a worker's turn, on packet pipes that keep frames apart like a tap.
+
+A tap is one descriptor for both ways; here it is a pipe's end, so one port receives and
+another one transmits.
+"""
+
+import os
+
+import pytest
+
+from ports.base import KIND_TAP, RING_RUNNING, RINGS_PER_PORT
+from tests.datapath.bench import A, B
+from tests.datapath.rings import GPA, NEXT, frame_to
+from vswitch.datapath import loop
+
+TAP = 5
+
+
+@pytest.fixture
+def pipe():
+    ends = list(os.pipe2(os.O_DIRECT | os.O_NONBLOCK))
+    yield ends
+    for end in ends:
+        os.close(end)
+
+
+def tap(bench, fd):
+    """Make port TAP a tap that is up."""
+    port = bench.plane.shared.ports[TAP]
+    port["kind"], port["fd"], port["up"], port["pairs"] = KIND_TAP, fd, 1, 1
+    ring = bench.plane.shared.rings[TAP * RINGS_PER_PORT + 1]
+    ring["state"], ring["port"], ring["enabled"] = RING_RUNNING, TAP, 1
+    return port
+
+
+def test_frames_come_in_one_by_one(bench, pair, pipe):
+    tap(bench, pipe[0])
+    frames = [frame_to(A, 7, length) for length in (60, 61, 1514)]
+    for frame in frames:
+        os.write(pipe[1], frame)
+    assert bench.turn() == 3
+    a, _ = pair
+    got = [a.buffer(head, length)[12:] for head, length in a.rx.reap()]
+    assert got == frames
+    tally = bench.tally(TAP)
+    assert (tally["rx_frames"], tally["rx_bytes"]) == (3, 60 + 61 + 1514)
+
+
+def test_what_is_shorter_than_a_header_is_counted(bench, pair, pipe):
+    tap(bench, pipe[0])
+    os.write(pipe[1], bytes(13))
+    os.write(pipe[1], frame_to(A, 7, 14))
+    assert bench.turn() == 2
+    assert bench.drops(TAP) == {"rx_drop_too_short": 1}
+    assert len(pair[0].rx.reap()) == 1
+
+
+def test_a_frame_goes_out_as_it_is(bench, pair, pipe):
+    tap(bench, pipe[1])
+    a, _ = pair
+    frame = frame_to(9, A, 300)
+    a.send(frame)
+    bench.turn()
+    assert os.read(pipe[0], 4096) == frame
+    assert bench.tally(TAP) == {"tx_frames": 1, "tx_bytes": 300}
+
+
+def test_a_frame_in_pieces_goes_out_in_one(bench, pair, pipe):
+    tap(bench, pipe[1])
+    a, _ = pair
+    frame = frame_to(9, A, 300)
+    pieces = (bytes(12) + frame[:5], frame[5:200], frame[200:])
+    for i, piece in enumerate(pieces):
+        a.write(0x20000 + 1024 * i, piece)
+        flags = NEXT if i < 2 else 0
+        a.tx.describe(i, GPA + 0x20000 + 1024 * i, len(piece), flags, i + 1)
+    a.tx.offer(0)
+    bench.turn()
+    assert os.read(pipe[0], 4096) == frame
+
+
+def test_a_taps_frames_wake_the_worker_without_being_asked(bench, pipe):
+    tap(bench, pipe[0])
+    os.write(pipe[1], frame_to(B, 7))
+    polled = loop.polled_rings(bench.plane.shared, 0)
+    assert len(polled) == 1
+    assert loop.ask_for_kicks(bench.plane.ctx, 0, polled) == 0
+    loop.stop_kicks(bench.plane.ctx, 0, polled)
+    assert bench.round() == 1
