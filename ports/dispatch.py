@@ -115,10 +115,13 @@ def _transmit_lowered(
     at = 0
     while True:
         n, at = offload.lower(ctx, frame, at)
+        came = 0
         if n > 0:
-            arrived += _transmit_run(ctx, port, egress, worker, n, tally)
+            came = _transmit_run(ctx, port, egress, worker, n, tally)
         made += n
-        if at == 0:
+        arrived += came
+        # Where nothing arrives any more, what is left is not worth cutting.
+        if at == 0 or came == 0:
             break
     if made == 0:
         tally["tx_drop_bad_offload"] += 1
@@ -153,18 +156,23 @@ def _transmit_ring(
         tally["tx_drop_not_ready"] += n
         return 0
     if int(ring["shared"]) == 0:
-        arrived = virtqueue.put(ring, port, ctx, n, tally)
-        if arrived > 0:
-            virtqueue.call(ring, tally)
-        return arrived
+        return _put(ring, port, ctx, n, tally)
     lock = int(ctx["rings"]) + index * _RING_SIZE + _LOCK
     if not _lock(lock, worker + 1):
         tally["tx_drop_lock_busy"] += n
         return 0
-    arrived = virtqueue.put(ring, port, ctx, n, tally)
-    if arrived > 0:
-        virtqueue.call(ring, tally)
+    arrived = _put(ring, port, ctx, n, tally)
     unlock(ctx, index)
+    return arrived
+
+
+@jit
+def _put(ring: Record, port: Record, ctx: Record, n: int, tally: Record) -> int:
+    """Put frames and call the driver if anything went back to it, bad chains included."""
+    before = int(ring["next_used"])
+    arrived = virtqueue.put(ring, port, ctx, n, tally)
+    if int(ring["next_used"]) != before:
+        virtqueue.call(ring, tally)
     return arrived
 
 

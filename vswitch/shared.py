@@ -92,6 +92,11 @@ def attach(run_dir: Path, *, writable: bool = False) -> Shared:
     name = segment_name(run_dir)
     try:
         memory = posix_ipc.SharedMemory(name)
+    except posix_ipc.PermissionsError as error:
+        message = (
+            f"cannot look at {name}: it belongs to another user (become that user)"
+        )
+        raise VswitchError(message) from error
     except (OSError, posix_ipc.Error) as error:
         message = f"no switch in {run_dir}: {name} does not exist (start: vswitch up)"
         raise VswitchError(message) from error

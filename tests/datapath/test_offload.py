@@ -217,6 +217,16 @@ def test_more_segments_than_a_burst_arrive_in_order(bench):
     assert tally["tx_drop_ring_full"] == 90 - 60
 
 
+def test_nothing_more_is_cut_where_nothing_arrives_any_more(bench):
+    a, b = sender(bench), receiver(bench, B, count=0)
+    data, head = super_frame("v4", mss=100)
+    send(a, data, head)
+    bench.turn()
+    assert received(b) == []
+    tally = bench.tally(B)
+    assert tally["tx_gso_segments"] == tally["tx_drop_ring_full"] == 64
+
+
 @pytest.mark.parametrize("stack", ["v4", "v6 vlan"])
 @pytest.mark.parametrize("cuts", [(), (5, 30, 70)])
 def test_a_super_frame_passes_untouched_to_who_can(bench, stack, cuts):

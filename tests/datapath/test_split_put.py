@@ -97,6 +97,17 @@ def test_a_readable_receive_buffer_is_never_written(bench, pair):
     assert bench.drops(C) == {"tx_drop_bad_chain": 1}
 
 
+def test_a_driver_is_called_when_only_a_bad_buffer_went_back(bench, pair):
+    a, _b = pair
+    c = bench.guest(C)
+    c.rx.describe(0, GPA + 0x50000, 2048)
+    c.rx.offer(0)
+    a.send(frame_to(C, A))
+    bench.turn()
+    assert c.rx.reap() == [(0, 0)]
+    assert c.calls() == 1
+
+
 def test_a_receive_buffer_outside_memory_is_returned_empty(bench, pair):
     a, _b = pair
     c = bench.guest(C)
