@@ -9,8 +9,8 @@ for a link that is down are counted by the data path, as the kernel refuses them
 import errno
 import fcntl
 import os
+import socket
 import struct
-from pathlib import Path
 from typing import Final, cast
 
 import numpy as np
@@ -33,7 +33,9 @@ from ports.vhost_user import State
 
 # linux/if_tun.h
 _TUNSETIFF: Final = 0x400454CA
+_TUNSETOFFLOAD: Final = 0x400454D0
 _IFF_TAP: Final = 0x0002
+_IFF_MULTI_QUEUE: Final = 0x0100
 _IFF_NO_PI: Final = 0x1000
 _IFREQ: Final = "16sH22x"
 _LONGEST_NAME: Final = 15
@@ -73,10 +75,13 @@ class TapPort:
         fd = attach(self.interface)
         try:
             await bring_up(self.interface)
+            await self._monitor.start()
             (self._number,) = await self._host.install([fd])
+        except BaseException:
+            await self._monitor.stop()
+            raise
         finally:
             os.close(fd)
-        await self._monitor.start()
         record = self._host.ports[self._slot]
         record["kind"], record["fd"] = KIND_TAP, self._number
         record["max_frame"], record["pairs"] = MAX_FRAME, 1
@@ -108,8 +113,12 @@ class TapPort:
         """The port's state and its reason."""
         if self._link == "up":
             return State("up", f"interface {self.interface} is up")
+        if self._link == "moved":
+            where = "in another network namespace, where its link cannot be seen"
+            return State("up", f"interface {self.interface} is {where}")
         if self._link == "gone":
-            return State("down", f"interface {self.interface} is gone")
+            remedy = f"vswitch del-port {self.name}, then add it again"
+            return State("down", f"interface {self.interface} is gone ({remedy})")
         remedy = f"ip link set {self.interface} up"
         return State("down", f"interface {self.interface} is down ({remedy})")
 
@@ -137,7 +146,7 @@ def check_name(interface: str) -> None:
     if not 0 < len(interface.encode()) <= _LONGEST_NAME:
         message = f"cannot use tap {interface!r}: a name has 1 to {_LONGEST_NAME} bytes"
         raise PortError(f"{message} (choose another)")
-    if interface in {".", ".."} or any(c.isspace() or c in "/:%" for c in interface):
+    if interface in {".", ".."} or any(c.isspace() or c in "/:%\0" for c in interface):
         message = f"cannot use tap {interface!r}: it has a character the kernel refuses"
         raise PortError(f"{message} (use letters, digits, - and _)")
 
@@ -149,20 +158,39 @@ def attach(interface: str) -> int:
         PortError: It is no tap, is taken, or we lack the right.
     """
     check_name(interface)
-    made = not Path("/sys/class/net", interface).exists()
+    verb = "attach to" if _exists(interface) else "make"
     fd = -1
     try:
         fd = os.open(_DEVICE, os.O_RDWR | os.O_NONBLOCK | os.O_CLOEXEC)
-        request = struct.pack(_IFREQ, interface.encode(), _IFF_TAP | _IFF_NO_PI)
-        fcntl.ioctl(fd, _TUNSETIFF, request)
+        _choose(fd, interface)
+        # What the last program could do with its frames stays with the interface.
+        fcntl.ioctl(fd, _TUNSETOFFLOAD, 0)
     except OSError as error:
         if fd >= 0:
             os.close(fd)
         number = error.errno or 0
         cause = _CAUSES.get(number, os.strerror(number))
-        verb = "make" if made else "attach to"
-        message = (
-            f"cannot {verb} tap {interface}: {errno.errorcode.get(number)}: {cause}"
-        )
+        name = errno.errorcode.get(number)
+        message = f"cannot {verb} tap {interface}: {name}: {cause}"
         raise PortError(message) from error
     return fd
+
+
+def _choose(fd: int, interface: str) -> None:
+    """Tie the descriptor to the interface, which may have been made for many queues."""
+    plain = _IFF_TAP | _IFF_NO_PI
+    try:
+        fcntl.ioctl(fd, _TUNSETIFF, struct.pack(_IFREQ, interface.encode(), plain))
+    except OSError as error:
+        if error.errno != errno.EINVAL:
+            raise
+        flags = plain | _IFF_MULTI_QUEUE
+        fcntl.ioctl(fd, _TUNSETIFF, struct.pack(_IFREQ, interface.encode(), flags))
+
+
+def _exists(interface: str) -> bool:
+    """Whether our network namespace has it; /sys may show another one's."""
+    try:
+        return socket.if_nametoindex(interface) > 0
+    except OSError:
+        return False

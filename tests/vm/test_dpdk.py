@@ -8,14 +8,15 @@ FRAMES = 10_000
 RECEIVER_MAC = "52:54:00:00:00:02"
 
 
-def start_pair(lab, *options, mode="server"):
+def start_pair(lab, *options, mode="server", arguments=()):
     """One testpmd that sends and one that receives; the receiver has the options."""
     lab.add_port("sender")
     lab.add_port("receiver", mode=mode)
     sender = lab.testpmd(
         "sender", forward="txonly", arguments=[f"--eth-peer=0,{RECEIVER_MAC}"]
     )
-    receiver = lab.testpmd("receiver", *options, mac=RECEIVER_MAC)
+    arguments = ["--total-num-mbufs=16384", *arguments]  # the largest rings twice
+    receiver = lab.testpmd("receiver", *options, mac=RECEIVER_MAC, arguments=arguments)
     for name in ("sender", "receiver"):
         lab.wait_for_state(name, "up")
     return sender, receiver
@@ -26,19 +27,51 @@ def assert_frames_arrive(lab, sender, receiver):
     sender.start()
     receiver.wait_for(lambda s: s["RX-packets"] >= FRAMES)
     sender.stop()
-    seen = lab.counters("receiver")
-    counted = receiver.wait_for(lambda s: s["RX-packets"] == seen["tx_frames"])
+    sent = sender.statistics()["TX-packets"]
+    lab.wait_for(lambda: lab.counters("sender")["rx_frames"] == sent, f"{sent} frames")
+    counted = receiver.wait_for(
+        lambda s: s["RX-packets"] == lab.counters("receiver")["tx_frames"]
+    )
     assert counted["RX-errors"] == 0
-    assert lab.counters("sender")["rx_frames"] == sender.statistics()["TX-packets"]
     assert sum(lab.counters("sender")[f"rx_{how}"] for how in ("forwarded", "flooded"))
     lab.assert_ledger_balances()
 
 
 @pytest.mark.parametrize(
-    "options", [(), ("mrg_rxbuf=0",), ("in_order=0",), ("queue_size=1024",)], ids=str
+    "options",
+    [
+        (),
+        ("mrg_rxbuf=0",),
+        ("in_order=0",),
+        ("vectorized=1",),
+        ("vectorized=1", "mrg_rxbuf=0", "in_order=0"),
+        ("queue_size=64",),
+        ("queue_size=1024",),
+        ("queue_size=4096",),
+    ],
+    ids=",".join,
 )
 def test_frames_cross_the_switch(dpdk_lab, options):
     assert_frames_arrive(dpdk_lab, *start_pair(dpdk_lab, *options))
+
+
+def test_a_testpmd_with_two_queue_pairs_uses_both(dpdk_lab):
+    pairs = ["--rxq=2", "--txq=2"]
+    one, two = start_pair(dpdk_lab, "queues=2", arguments=pairs)
+    assert_frames_arrive(dpdk_lab, one, two)
+    assert dpdk_lab.port("receiver")["queues"]["enabled"] == 2
+    two.stop()
+    two.ask("set fwd txonly")
+    before = dpdk_lab.counters("receiver")["rx_frames"]
+    two.start()  # on both queues, in turn
+    two.wait_for(lambda s: s["TX-packets"] >= 10 * FRAMES)
+    two.stop()
+    sent = two.statistics()["TX-packets"]
+    dpdk_lab.wait_for(
+        lambda: dpdk_lab.counters("receiver")["rx_frames"] - before == sent,
+        lambda: f"{sent} frames, there are {dpdk_lab.counters('receiver')}",
+    )
+    dpdk_lab.assert_ledger_balances()
 
 
 def test_testpmd_may_listen_and_the_switch_connect(dpdk_lab):

@@ -24,6 +24,13 @@ from vswitch.errors import VswitchError
 QEMU: Final = "qemu-system-x86_64"
 _BOOT_S: Final = 60.0  # a guest boots in 4 s; tests may run beside other work
 _COMMAND_S: Final = 30.0
+_NO_OFFLOADS: Final = "".join(
+    f",{name}=off"
+    for name in (
+        *("csum", "guest_csum", "gso", "guest_tso4", "guest_tso6", "guest_ecn"),
+        *("guest_ufo", "host_tso4", "host_tso6", "host_ecn", "host_ufo"),
+    )
+)
 _KERNEL_ARGUMENTS: Final = "console=ttyS0 quiet panic=-1 nokaslr mitigations=off"
 
 
@@ -41,6 +48,7 @@ class Machine(NamedTuple):
             that everybody makes once.
         server: QEMU listens and the switch connects.
         packed: The guest is offered packed rings.
+        offloads: The guest is offered checksum and segmentation offloads.
     """
 
     name: str
@@ -52,6 +60,7 @@ class Machine(NamedTuple):
     shared: bool = True
     server: bool = False
     packed: bool = False
+    offloads: bool = True
 
 
 def is_installed() -> bool:
@@ -213,6 +222,7 @@ def _network(machine: Machine) -> Iterator[str]:
     queues = f",queues={machine.queues}" if machine.queues > 1 else ""
     extra = ",mq=on" if machine.queues > 1 else ""
     extra += ",packed=on" if machine.packed else ""
+    extra += "" if machine.offloads else _NO_OFFLOADS
     device = f"virtio-net-pci,netdev=net0,mac={machine.mac},vectors=0,romfile={extra}"
     yield from ("-chardev", f"socket,id=port,path={machine.socket_path},{role}")
     yield from ("-netdev", f"vhost-user,id=net0,chardev=port{queues}")
