@@ -49,7 +49,7 @@ def test_a_file_gives_options_and_ports_with_paths_beside_it():
     ("text", "found"),
     [
         ("[switch]\nworkers 1", "line 2"),
-        ("[swich]", r"'swich' is unknown \(known: switch, port\)"),
+        ("[switches]", r"'switches' is unknown \(known: switch, port\)"),
         ("switch = 1", "switch is 1, not a table"),
         ("[switch]\nworker = 1", r"\[switch\] 'worker' is unknown"),
         ("[switch]\nworkers = '1'", r"workers is '1', not a whole number"),
