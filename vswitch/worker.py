@@ -35,6 +35,7 @@ from vswitch.records import WORKER_POLLING, WORKER_SLEEPING
 
 _TURN_NS: Final = 1_000_000
 _SLEEP_S: Final = 1.0  # then the fdb ages a little
+_NAP_S: Final = 0.001  # as long as there is a ring that nobody kicks
 _EXPIRE_AWAKE: Final = 128  # buckets a turn
 _EXPIRE_ASLEEP: Final = 8192
 _PROGRESS_S: Final = 0.2
@@ -63,6 +64,7 @@ class Worker:
         self._ctx, self._keep = loop.make_context(self._shared)
         self._polled = np.zeros(0, np.int64)
         self._watched: set[int] = set()
+        self._longest_sleep_s = _SLEEP_S
         self._epoll = select.epoll()
         self._epoll.register(sock.fileno(), select.EPOLLIN)
         self._next_bucket = 0
@@ -89,6 +91,9 @@ class Worker:
             reporter.join()
         self._record["cycles_per_s"] = _cycles_per_s()
         self._turn_cycles = int(self._record["cycles_per_s"]) * _TURN_NS // 10**9
+
+    def announce(self) -> None:
+        """Tell the manager that we can begin."""
         self._record["state"] = WORKER_POLLING
         self._send(["ready"])
 
@@ -105,7 +110,8 @@ class Worker:
             if moved:
                 last_frame = now
             self._handle_messages()
-            if not self._busy and now - last_frame >= self._idle_ns:
+            idle = not moved and now - last_frame >= self._idle_ns
+            if idle and not self._busy:
                 self._sleep()
                 last_frame = time.monotonic_ns()
 
@@ -113,10 +119,10 @@ class Worker:
         """Sleep until a kick, a tap's frame, a message, or a second has passed."""
         if loop.ask_for_kicks(self._ctx, self._number, self._polled) == 0:
             self._record["state"] = WORKER_SLEEPING
-            events = self._epoll.poll(_SLEEP_S)
+            events = self._epoll.poll(self._longest_sleep_s)
             self._record["state"] = WORKER_POLLING
             self._record["wakeups"] += 1
-            if not events:
+            if not events and self._longest_sleep_s == _SLEEP_S:
                 self._age(_EXPIRE_ASLEEP, segment.elapsed_s(self._shared))
         loop.stop_kicks(self._ctx, self._number, self._polled)
 
@@ -189,6 +195,9 @@ class Worker:
         self._polled = loop.polled_rings(self._shared, self._number)
         rings = self._shared.rings[self._polled]
         wanted = {int(fd) for fd in rings["kick_fd"] if fd >= 0}
+        # vhost-user: without a kick descriptor we have to poll.
+        unkicked = bool(np.any(rings["kick_fd"] < 0))
+        self._longest_sleep_s = _NAP_S if unkicked else _SLEEP_S
         for fd in self._watched - wanted:
             self._unwatch(fd)
         for fd in wanted - self._watched:
@@ -229,13 +238,15 @@ def main() -> None:
     logging.basicConfig(format="%(asctime)s %(name)s %(message)s", level=logging.INFO)
     # The manager decides when we go; Ctrl-C reaches the whole foreground group.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    os.sched_setaffinity(0, {int(cpu)})
     sock = socket.socket(fileno=int(fd))
     worker = Worker(
         sock, int(number), Path(run_dir), busy=poll == "busy", idle_us=int(idle_us)
     )
     try:
         worker.warm_up()
+        # Not before: loading is a second's work, and somebody forwards on that CPU.
+        os.sched_setaffinity(0, {int(cpu)})
+        worker.announce()
         # Nothing below makes cycles; a collection would only lengthen a turn.
         gc.freeze()
         gc.disable()

@@ -7,7 +7,8 @@ after which nobody uses what was there before.
 
 A worker's death is seen through its pidfd. Its rings change owner in the shared records,
 the heir repairs and polls them, and a replacement starts as the new spare. A death while
-answers are due counts as an answer: the dead use nothing.
+answers are due counts as an answer: the dead use nothing. What a worker left behind stays
+on a list until somebody has repaired it and lived to say so; the heir may die too.
 """
 
 import asyncio
@@ -20,6 +21,7 @@ import sys
 from collections import deque
 from collections.abc import Callable, Coroutine, Iterable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
@@ -28,7 +30,7 @@ from numpy.typing import NDArray
 
 from ports import cache
 from ports.aio import readable as _readable
-from ports.base import RING_STOPPED
+from ports.base import RING_STOPPED, RX
 from ports.host import Mapping
 from vswitch.control import protocol
 from vswitch.errors import VswitchError
@@ -97,6 +99,7 @@ class Workers:
         self._numbers = numbers
         self._mappings: dict[int, tuple[Mapping, int]] = {}  # by address; with our fd
         self._fds: dict[int, int] = {}  # number in workers -> our own fd
+        self._unrepaired: set[int] = set()  # numbers of the dead
         self._seq = 0
         self._backoff = _FIRST_BACKOFF_S
         self._stopping = False
@@ -276,16 +279,16 @@ class Workers:
         return await self.change_fdb("flush", slot, int(also_static), 0, FDB_BUCKETS)
 
     def owner_for(self, slot: int, pair: int) -> int:
-        """The worker that is to serve a queue pair: the one with the fewest rings.
+        """The worker that is to serve a queue pair: the one that polls the fewest.
 
         Pairs of one port go to different workers where there are several.
         """
         active = [n for n in self._ready_numbers() if self._role(n) == ROLE_ACTIVE]
         if not active:
             return 0
-        rings = self._shared.rings
-        busy = rings["state"] != RING_STOPPED
-        load = {n: int(np.count_nonzero(busy & (rings["owner"] == n))) for n in active}
+        polled = self._shared.rings[RX::2]
+        busy = polled["state"] != RING_STOPPED
+        load = {n: int(np.count_nonzero(busy & (polled["owner"] == n))) for n in active}
         turn = (slot + pair) % len(active)
         order = active[turn:] + active[:turn]
         return min(order, key=lambda number: load[number])
@@ -369,12 +372,16 @@ class Workers:
         _log.warning("worker %d died: %s pid=%d", process.number, cause, process.pid)
         was_active = self._role(process.number) == ROLE_ACTIVE
         self._forget(process)
+        if process.ready:
+            self._unrepaired.add(process.number)
         if self._all_ready and not self._all_ready.done():
             message = f"worker {process.number} did not start: {cause} (see the log)"
             self._all_ready.set_exception(VswitchError(message))
             return
         if was_active:
             self._hand_over(process.number)
+        elif ready := self._ready():
+            self._repair(ready[0])
         self._later(self._restart(process))
 
     def _hand_over(self, dead: int) -> None:
@@ -390,11 +397,11 @@ class Workers:
                 ROLE_ACTIVE,
                 self._shared.workers[dead]["cpu"],
             )
-            os.sched_setaffinity(int(record["pid"]), {int(record["cpu"])})
+            with contextlib.suppress(ProcessLookupError):  # dead as well
+                os.sched_setaffinity(int(record["pid"]), {int(record["cpu"])})
         rings = self._shared.rings
         rings["owner"][rings["owner"] == dead] = heir
-        for process in self._ready():
-            self._tell(process, "sync", dead if process.number == heir else NOBODY)
+        self._repair(self._processes[heir])
         _log.info("worker %d took over from worker %d", heir, dead)
 
     def _adopt_orphans(self, process: _Process) -> None:
@@ -404,7 +411,18 @@ class Workers:
         for owner in {int(n) for n in np.unique(rings["owner"][rings["state"] != 0])}:
             if owner not in alive or owner == process.number:
                 rings["owner"][rings["owner"] == owner] = process.number
-                self._tell(process, "sync", owner)
+        self._repair(process)
+
+    def _repair(self, heir: _Process) -> None:
+        """Let a worker make usable what the dead left behind."""
+
+        def done(dead: int, _: "asyncio.Future[int]") -> None:
+            if self._processes.get(heir.number) is heir:
+                self._unrepaired.discard(dead)
+
+        for dead in sorted(self._unrepaired):
+            answer = self._tell(heir, "sync", dead)
+            answer.add_done_callback(partial(done, dead))
 
     async def _restart(self, process: _Process) -> None:
         """Start a replacement; wait longer each time one dies young."""
@@ -414,6 +432,8 @@ class Workers:
         await asyncio.sleep(self._backoff)
         self._backoff = min(2 * self._backoff, _LAST_BACKOFF_S)
         free = [n for n in range(MAX_WORKERS) if n not in self._processes]
+        # Not a number that somebody is about to repair, if it can be helped.
+        free.sort(key=lambda number: number in self._unrepaired)
         if free and not self._stopping:
             self._spawn(free[0])
 

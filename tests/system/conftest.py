@@ -1,0 +1,78 @@
+from pathlib import Path
+
+import pytest
+
+from tests import requirements
+from tests.switch import Switch, remove_directory, short_directory
+from tests.system.net import Net
+
+
+@pytest.fixture(scope="module")
+def switch():
+    """A switch that the tests of a module share; each adds ports of its own."""
+    directory = short_directory()
+    with Switch(directory) as it:
+        it.wait_for_workers(1, 1)
+        yield it
+    remove_directory(directory)
+
+
+@pytest.fixture
+def net(switch):
+    """Ports and guests on the shared switch."""
+    yield from _net(switch)
+
+
+@pytest.fixture
+def start():
+    """Make a switch of the test's own, with options; they end with the test."""
+    started = []
+
+    def make(*options):
+        it = Switch(short_directory(), *options)
+        started.append(it)
+        it.start()
+        return it
+
+    yield make
+    for it in started:
+        it.close()
+        remove_directory(it.directory)
+
+
+@pytest.fixture
+def own_net(start):
+    """Make ports and guests on a switch of the test's own."""
+    nets = []
+
+    def make(*options):
+        nets.append(_net(start(*options)))
+        return next(nets[-1])
+
+    yield make
+    for net in nets:
+        next(net, None)
+
+
+@pytest.fixture
+def huge_pages():
+    """Sixteen huge pages that nobody uses."""
+    requirements.require_root()
+    setting = Path("/proc/sys/vm/nr_hugepages")
+    before = int(setting.read_text())
+    setting.write_text(str(before + 16))
+    try:
+        if int(setting.read_text()) < before + 16:
+            pytest.skip("needs 32 MiB of memory that can become huge pages")
+        yield
+    finally:
+        setting.write_text(str(before))
+
+
+def _net(switch):
+    net = Net(switch)
+    try:
+        yield net
+        net.check()
+    finally:
+        net.close()

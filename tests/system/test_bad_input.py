@@ -1,0 +1,361 @@
+"""Front-ends that break the protocol: they are refused, and nobody else notices."""
+
+import contextlib
+import dataclasses
+import os
+import socket
+import struct
+
+import pytest
+
+from ports.vhost.messages import (
+    PF_REPLY_ACK,
+    RULES,
+    U64,
+    MemTable,
+    Request,
+    VringAddr,
+    VringFd,
+    VringState,
+    encode_request,
+)
+from tests.system.net import (
+    assert_footprint,
+    exchange_both_ways,
+    fill,
+    footprint,
+    status_kib,
+)
+from vswitch.guest import GuestError
+from vswitch.guest.frontend import Frontend, RingSetup, eventfd
+
+NEED_REPLY, REPLY, VERSION = 8, 4, 1
+SERVED = [request for request in RULES if RULES[request].needs in (0, 1, 16, 1 << 16)]
+REFUSED = "the switch refused"
+HUNG_UP = "hung up|Broken pipe|reset by peer"
+
+
+@pytest.fixture
+def scene(net):
+    """Two guests that talk, and a front-end that has negotiated on a port apart."""
+    bystanders = net.guest("a"), net.guest("b")
+    victim = net.prepared("c")
+    with make_front_end(net, victim):
+        pass
+    net.switch.wait_for_state("c", "waiting-for-frontend")
+    before = footprint(net.switch)
+    yield net, victim
+    net.switch.wait_for_state("c", "waiting-for-frontend")
+    assert_footprint(net.switch, before)
+    exchange_both_ways(*bystanders)
+    victim.open()
+    exchange_both_ways(bystanders[0], victim)
+
+
+def make_front_end(net, victim, ack=True):
+    frontend = Frontend.connect(net.switch.socket("c"), ack=ack)
+    frontend.negotiate(victim._wanted)
+    frontend.set_memory(victim.memory.table, [victim.memory.fd])
+    return contextlib.closing(frontend)
+
+
+def is_refused(frontend, data, fds=()):
+    """Send a raw request that asks for an answer; whether it was refused or cut off."""
+    try:
+        frontend.send_raw(data, fds)
+        (request,) = struct.unpack("=I", data[:4])
+        head = frontend._read(12, request)
+        _, flags, size = struct.unpack("=III", head)
+        assert (flags, size) == (VERSION | REPLY, 8)
+        return frontend._read(8, request) != bytes(8)
+    except GuestError:
+        return True
+
+
+def assert_cut_off(frontend, data, fds=()):
+    """Send what nothing can follow."""
+
+    def go_on():
+        frontend.send_raw(data, fds)
+        frontend.barrier()
+
+    with pytest.raises(GuestError, match=HUNG_UP):
+        go_on()
+
+
+def raw(request, payload=b"", flags=VERSION | NEED_REPLY, size=None):
+    size = len(payload) if size is None else size
+    return struct.pack("=III", request, flags, size) + payload
+
+
+# Checklist 17, 14.
+def test_payloads_of_a_wrong_size_are_refused(scene):
+    net, victim = scene
+    for request in SERVED:
+        kind = RULES[request].payload
+        right = {U64: 8, VringState: 8, VringFd: 8, VringAddr: 40, MemTable: 40}
+        size = right.get(kind, 0)
+        for wrong in {0, 1, size - 1, size + 1, 9, 41, 4096} - {size, -1}:
+            with make_front_end(net, victim) as frontend:
+                assert is_refused(frontend, raw(request, bytes(wrong)))
+
+
+# Checklist 17, S17, S19.
+@pytest.mark.parametrize(
+    "data",
+    [
+        raw(Request.GET_FEATURES, size=4097),
+        raw(Request.SET_FEATURES, size=0xFFFFFFFF),
+        raw(Request.GET_FEATURES, flags=0),
+        raw(Request.GET_FEATURES, flags=2),
+        raw(Request.GET_FEATURES, flags=VERSION | REPLY),
+        b"\xff" * 12,
+        bytes(12),
+        b"GET / HTTP/1.1\r\n\r\n",
+    ],
+    ids=range(8),
+)
+def test_a_header_that_cannot_be_followed_ends_the_connection(scene, data):
+    net, victim = scene
+    with make_front_end(net, victim) as frontend:
+        assert_cut_off(frontend, data)
+
+
+# Checklist 19.
+@pytest.mark.parametrize("request_id", [0, 22, 44, 60, 77, 1 << 31, 0xFFFFFFFF])
+def test_unknown_requests_are_refused_or_end_the_connection(scene, request_id):
+    net, victim = scene
+    with make_front_end(net, victim) as frontend:
+        for payload in (None, U64(0)):
+            with pytest.raises(GuestError, match=REFUSED):
+                frontend.request(request_id, payload)
+        frontend.barrier()
+        assert_cut_off(frontend, encode_request(request_id))
+
+
+# Checklist 15, 16.
+def test_each_request_is_answered_exactly_once(scene):
+    net, _ = scene
+    with contextlib.closing(Frontend.connect(net.switch.socket("c"))) as frontend:
+        frontend.send_raw(raw(Request.SET_OWNER))  # REPLY_ACK is not negotiated yet
+        frontend.send_raw(raw(Request.GET_FEATURES))
+        frontend.barrier()  # the next answer is one of these two
+        frontend._receive(Request.GET_FEATURES)
+        frontend._sock.settimeout(0.1)
+        with pytest.raises(GuestError, match="timed out"):
+            frontend._receive(Request.GET_FEATURES)
+
+
+# Checklist 18, S1, S2.
+@pytest.mark.parametrize("count", [1, 2, 9, 33, 253])
+def test_descriptors_that_do_not_belong_are_closed(scene, count):
+    net, victim = scene
+    spare = eventfd()
+    payloads = {VringState: VringState(0, 1), VringFd: VringFd(0, True), U64: U64(0)}
+    for request in SERVED:
+        if count <= RULES[request].max_fds:
+            continue
+        payload = payloads.get(RULES[request].payload)
+        with make_front_end(net, victim) as frontend:
+            data = encode_request(request, payload, need_reply=True)
+            assert is_refused(frontend, data, [spare] * count)
+    os.close(spare)
+
+
+@pytest.mark.parametrize(
+    "request_id",
+    [Request.SET_VRING_KICK, Request.SET_VRING_CALL, Request.SET_VRING_ERR],
+)
+@pytest.mark.parametrize("kind", ["missing", "surplus", "pipe", "file", "socket"])
+def test_anything_but_an_eventfd_is_refused(scene, request_id, kind):
+    net, victim = scene
+    read_end, write_end = os.pipe()
+    one, other = socket.socketpair()
+    fds = {
+        "missing": [],
+        "surplus": [victim.rings["kick_fd"][0]],
+        "pipe": [write_end],
+        "file": [victim.memory.fd],
+        "socket": [one.fileno()],
+    }[kind]
+    with make_front_end(net, victim) as frontend:
+        with pytest.raises(GuestError, match=REFUSED):
+            frontend.request(request_id, VringFd(1, kind != "surplus"), fds)
+        frontend.barrier()
+    for fd in (read_end, write_end):
+        os.close(fd)
+    one.close()
+    other.close()
+
+
+# Checklist 21, 27, S6, S7, S8, S9, S10.
+def bad_tables(region):
+    def row(**changes):
+        return dataclasses.replace(region, **changes)
+
+    page, top = 4096, 1 << 64
+    small = row(size=page)
+    return {
+        "no rows": ([], 1),
+        "no descriptors": ([region], 0),
+        "a descriptor more": ([region], 2),
+        "a row more": ([small, row(gpa=0, frontend_va=0, size=page)], 1),
+        "33 rows": (
+            [row(gpa=n << 20, frontend_va=n << 20, size=page) for n in range(33)],
+            33,
+        ),
+        "empty": ([row(size=0)], 1),
+        "same guest addresses": ([small, row(frontend_va=0, size=page)], 2),
+        "same front-end addresses": ([small, row(gpa=0, size=page)], 2),
+        "guest addresses wrap": ([row(gpa=top - page)], 1),
+        "front-end addresses wrap": ([row(frontend_va=top - page)], 1),
+        "behind the end": ([row(mmap_offset=page)], 1),
+        "far behind the end": ([row(mmap_offset=top - page)], 1),
+        "larger than the file": ([row(size=region.size + 1)], 1),
+        "largest": ([row(gpa=0, frontend_va=0, size=top - 1)], 1),
+    }
+
+
+def test_a_bad_memory_table_is_refused_and_the_old_one_stays(scene):
+    net, victim = scene
+    (region,) = victim.memory.table.regions
+    for name, (rows, count) in bad_tables(region).items():
+        with make_front_end(net, victim) as frontend:
+            victim.frontend = frontend
+            if not victim.layouts:
+                victim._lay_out(frontend.features)
+            victim.start()
+            with pytest.raises(GuestError, match=REFUSED):
+                frontend.set_memory(MemTable(tuple(rows)), [victim.memory.fd] * count)
+            assert net.switch.port("c")["state"] == "up", name
+    victim.frontend = None
+
+
+@pytest.mark.parametrize("kind", ["pipe", "directory", "device", "hole", "too large"])
+def test_memory_that_cannot_be_mapped_is_refused(scene, kind, tmp_path):
+    net, victim = scene
+    (region,) = victim.memory.table.regions
+    fd, other = {
+        "pipe": os.pipe,
+        "directory": lambda: (os.open(tmp_path, os.O_RDONLY), -1),
+        "device": lambda: (os.open("/dev/zero", os.O_RDWR), -1),
+        "hole": lambda: (os.memfd_create("empty"), -1),
+        "too large": lambda: (os.memfd_create("huge"), -1),
+    }[kind]()
+    if kind == "too large":
+        region = dataclasses.replace(region, gpa=0, frontend_va=0, size=65 << 40)
+        os.ftruncate(fd, region.size)
+    with (
+        make_front_end(net, victim) as frontend,
+        pytest.raises(GuestError, match=REFUSED),
+    ):
+        frontend.set_memory(MemTable((region,)), [fd])
+    for one in {fd, other} - {-1}:
+        os.close(one)
+
+
+# Checklist 47, 48, S4, S5.
+@pytest.mark.parametrize("size", [0, 3, 255, 65535, 65536, 1 << 31])
+def test_a_ring_size_that_cannot_be_is_refused(scene, size):
+    net, victim = scene
+    with (
+        make_front_end(net, victim) as frontend,
+        pytest.raises(GuestError, match=REFUSED),
+    ):
+        frontend.request(Request.SET_VRING_NUM, VringState(0, size))
+
+
+@pytest.mark.parametrize("index", [16, 255, 256, 65536, 0xFFFFFFFF])
+def test_a_ring_that_does_not_exist_is_refused(scene, index):
+    net, victim = scene
+    setters = (
+        Request.SET_VRING_NUM,
+        Request.SET_VRING_BASE,
+        Request.SET_VRING_ENABLE,
+    )
+    with make_front_end(net, victim) as frontend:
+        for request in setters:
+            with pytest.raises(GuestError, match=REFUSED):
+                frontend.request(request, VringState(index, 1))
+        with pytest.raises(GuestError, match=REFUSED):
+            frontend.request(Request.SET_VRING_ADDR, VringAddr(index, 0, 0, 0, 0, 0))
+        with pytest.raises(GuestError, match=HUNG_UP):
+            frontend.stop_ring(index)
+
+
+# Checklist S12.
+@pytest.mark.parametrize("part", ["desc", "avail", "used"])
+@pytest.mark.parametrize("where", ["outside", "across the end", "wrapping", "odd"])
+def test_a_ring_outside_of_memory_never_starts_and_says_why(scene, part, where):
+    net, victim = scene
+    end = victim.memory.addr + victim.memory.size
+    addr = {
+        "outside": end + (1 << 20),
+        "across the end": end - 16,
+        "wrapping": (1 << 64) - 16,
+        "odd": victim.memory.addr + 1,
+    }[where]
+    good = {
+        name: victim.memory.addr + 0x10000 * n
+        for n, name in enumerate(("desc", "avail", "used"))
+    }
+    with make_front_end(net, victim) as frontend:
+        ring = RingSetup(
+            index=1, size=256, base=0, **good | {part: addr}, kick_fd=-1, call_fd=-1
+        )
+        if where == "odd":
+            with pytest.raises(GuestError, match=REFUSED):
+                frontend.start_ring(ring)
+        else:
+            frontend.start_ring(ring)
+            port = net.switch.port("c")
+            assert port["state"] == "waiting-for-driver"
+            assert "outside guest memory" in port["reason"]
+
+
+# Checklist S16.
+def test_who_stops_in_the_middle_of_a_message_is_cut_off_and_nobody_waits(scene):
+    net, victim = scene
+    data = encode_request(Request.SET_FEATURES, U64(0))
+    with contextlib.ExitStack() as stack:
+        slow = [stack.enter_context(make_front_end(net, victim))]
+        for name in "de":
+            connected = Frontend.connect(net.add_port(name))
+            slow.append(stack.enter_context(contextlib.closing(connected)))
+        for frontend, length in zip(slow, (1, 11, 15), strict=True):
+            frontend._sock.settimeout(30)
+            frontend.send_raw(data[:length])
+        exchange_both_ways(*net.guests[:2])
+        for frontend in slow:
+            with pytest.raises(GuestError, match=HUNG_UP):
+                frontend._read(1, Request.SET_FEATURES)
+    for name in "de":
+        net.switch.ask("del_port", name=name)
+
+
+# Checklist S18.
+def test_who_asks_and_never_reads_holds_up_nobody_else(scene):
+    net, victim = scene
+    with make_front_end(net, victim, ack=False) as frontend:
+        frontend._sock.setblocking(False)
+        question = encode_request(Request.GET_FEATURES)
+        with pytest.raises(GuestError, match="temporarily unavailable"):
+            fill(frontend.send_raw, question * 1000)
+        exchange_both_ways(*net.guests[:2])
+        assert status_kib(net.switch.pid, "VmRSS") < 60 << 10
+
+
+# Checklist 12, 13.
+def test_messages_may_come_in_any_cut(scene):
+    net, victim = scene
+    with make_front_end(net, victim) as frontend:
+        two = encode_request(Request.SET_VRING_NUM, VringState(0, 64))
+        two += encode_request(Request.GET_FEATURES)
+        for cut in range(len(two)):
+            frontend.send_raw(two[:cut])
+            frontend.send_raw(two[cut:])
+            frontend._receive(Request.GET_FEATURES)
+        for byte in two:
+            frontend.send_raw(bytes([byte]))
+        frontend._receive(Request.GET_FEATURES)
+        assert frontend.protocol_features & PF_REPLY_ACK

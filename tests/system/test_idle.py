@@ -1,0 +1,48 @@
+"""Asleep a worker costs nothing, and it never sleeps through a frame."""
+
+import time
+
+import pytest
+
+from tests.system.net import cpu_seconds, exchange_both_ways
+from vswitch.guest import DEFAULT_FEATURES
+from vswitch.guest.traffic import hammer
+
+EVENT_IDX = 1 << 29
+WINDOW_S = 3.0
+ROUNDS = 25_000  # four times
+# After a turn with frames, that is up to 1 ms after the first of them, a worker falls
+# asleep if nothing comes for 100 us; so some of these gaps it sleeps in and others not.
+AROUND_THE_EDGE_US = (100.0, 400.0)
+
+
+def busiest(pids):
+    """The largest share of a CPU that one of the processes took for a while."""
+    before = [cpu_seconds(pid) for pid in pids]
+    begin = time.monotonic()
+    time.sleep(WINDOW_S)  # what is measured is this time
+    took = time.monotonic() - begin
+    return max(cpu_seconds(pid) - b for pid, b in zip(pids, before, strict=True)) / took
+
+
+def test_idle_processes_use_less_than_one_percent_of_a_cpu(net):
+    exchange_both_ways(net.guest("a"), net.guest("b"))
+    pids = [net.switch.pid, *net.switch.worker_pids()]
+    assert busiest(pids) < 0.01 or busiest(pids) < 0.01
+
+
+@pytest.mark.parametrize(
+    "features", [DEFAULT_FEATURES, DEFAULT_FEATURES & ~EVENT_IDX], ids=["event", "flag"]
+)
+def test_no_frame_is_slept_through(net, features):
+    a, b = net.guest("a", features=features), net.guest("b", features=features)
+    net.pin(a, b)
+    before = net.switch.ask("stats")["workers"]
+    for sender, receiver in ((a, b), (b, a)):
+        times = hammer(sender, receiver, ROUNDS, AROUND_THE_EDGE_US, timeout=5.0)
+        assert times.arrived == ROUNDS
+    after = net.switch.ask("stats")["workers"]
+    sleeps = sum(after[n]["wakeups"] - before[n]["wakeups"] for n in before)
+    assert sleeps > ROUNDS / 10  # the edge was there
+    net.switch.assert_copies_balance("a", "b", ROUNDS, ROUNDS)
+    net.switch.assert_copies_balance("b", "a", ROUNDS, ROUNDS)
