@@ -84,7 +84,7 @@ class Switch:
 
     def wait_ended(self):
         """The manager's exit code, once it has one."""
-        return self._process.wait(timeout=20)
+        return self._process.wait(timeout=60)
 
     def end(self, number=signal.SIGTERM):
         self._process.send_signal(number)
@@ -167,11 +167,11 @@ class Switch:
 
     # --- waiting ---
 
-    def wait_for(self, condition, what, timeout=20.0):
+    def wait_for(self, condition, what, timeout=60.0):
         """Return what `condition` returns as soon as that is true."""
         return wait_for(condition, what, timeout)
 
-    def wait_for_port(self, name, condition, timeout=20.0):
+    def wait_for_port(self, name, condition, timeout=60.0):
         """Ask for a port until `condition` holds for what `show` says of it."""
         deadline = time.monotonic() + timeout
         while not condition(port := self.port(name)):
@@ -181,7 +181,7 @@ class Switch:
     def wait_for_state(self, name, state):
         return self.wait_for_port(name, lambda port: port["state"] == state)
 
-    def wait_for_log(self, text, timeout=10.0):
+    def wait_for_log(self, text, timeout=60.0):
         self.wait_for(lambda: text in self.log, f"{text!r} in {self._log}", timeout)
 
     def wait_for_workers(self, active, spares):
@@ -233,7 +233,7 @@ def dropped(counters, direction):
     return sum(n for name, n in counters.items() if name.startswith(prefix))
 
 
-def wait_for(condition, what, timeout=20.0):
+def wait_for(condition, what, timeout=60.0):
     """Return what `condition` returns as soon as that is true.
 
     `what` is being waited for: a text, or a function that tells how things stand.

@@ -56,7 +56,7 @@ class Testpmd:
             self.kill()
             raise
 
-    def ask(self, command, timeout=10.0):
+    def ask(self, command, timeout=30.0):
         """Type a command; return what it printed."""
         self._process.stdin.write(command.encode() + b"\n")
         self._process.stdin.flush()
@@ -75,7 +75,7 @@ class Testpmd:
             for name, value in _STATISTIC.findall(self.ask("show port stats 0"))
         }
 
-    def wait_for(self, condition, timeout=10.0):
+    def wait_for(self, condition, timeout=30.0):
         """Ask for the counters until `condition` holds for them."""
         deadline = time.monotonic() + timeout
         while not condition(found := self.statistics()):
