@@ -100,7 +100,7 @@ def _perform(kind: str, switch: Switch, screen: Screen) -> None:
     screen.step("throughput between two built-in guests, one worker")
     # An uplink's chatter would be flooded to the sink, and all frames are counted here.
     for name in ("vm1", "vm2", *([_TAP] if has_uplink else [])):
-        switch.show("del-port", name)
+        switch.do("del-port", name)
     measure(switch, screen)
     screen.step("taking everything down")
     switch.down()

@@ -56,6 +56,15 @@ class Switch:
         self._screen.command("host", shlex.join(("vswitch", *arguments)))
         self._screen.output(self._output(arguments))
 
+    def do(self, *arguments: str) -> None:
+        """Run a command that has nothing to show.
+
+        Raises:
+            VswitchError: It failed.
+        """
+        self._screen.command("host", shlex.join(("vswitch", *arguments)))
+        self._output(arguments)
+
     def ask(self, *arguments: str) -> dict[str, Any]:
         """Run a command quietly and return its JSON."""
         answer: dict[str, Any] = json.loads(self._output((*arguments, "-j")))
@@ -63,8 +72,7 @@ class Switch:
 
     def down(self) -> None:
         """End the switch as a user would."""
-        self._screen.command("host", "vswitch down")
-        self._output(("down",))
+        self.do("down")
 
     def end(self) -> None:
         """Leave nothing behind, wherever we were interrupted."""

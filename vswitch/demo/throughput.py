@@ -43,7 +43,7 @@ class _Work(NamedTuple):
 def measure(switch: Switch, screen: Screen) -> None:
     """Add two ports, run frames from one to the other, and show the rates."""
     for name in ("gen1", "gen2"):
-        switch.show("add-port", f"{name}.sock")
+        switch.do("add-port", f"{name}.sock")
     folder = switch.directory
     with (
         _beside_the_workers(switch),
