@@ -2,10 +2,12 @@
 
 Life cycle: `open` attaches to the interface, which the kernel makes if it is absent, and
 sets it up. An interface that we made goes away with our last descriptor; one that was
-there (`ip tuntap add`) stays. The link going down and up is followed and shown; frames
-for a link that is down are counted by the data path, as the kernel refuses them.
+there (`ip tuntap add`) stays, and loses the offloads that we could do. The link going
+down and up is followed and shown; frames for a link that is down are counted by the data
+path, as the kernel refuses them.
 """
 
+import contextlib
 import errno
 import fcntl
 import os
@@ -29,11 +31,16 @@ from ports.burst import MAX_FRAME
 from ports.errors import PortError
 from ports.host import Host
 from ports.links import LinkMonitor, bring_up
+from ports.vhost.features import RECEIVER, SENDER, feature_names
+from ports.vhost.virtio import NET_HDR_LEN
 from ports.vhost_user import State
 
 # linux/if_tun.h
 _TUNSETIFF: Final = 0x400454CA
 _TUNSETOFFLOAD: Final = 0x400454D0
+_TUNSETVNETHDRSZ: Final = 0x400454D8
+_TUN_F_ALL: Final = 0x0F  # checksums, TCP segments over IPv4 and IPv6, ECN
+_IFF_VNET_HDR: Final = 0x4000
 _IFF_TAP: Final = 0x0002
 _IFF_MULTI_QUEUE: Final = 0x0100
 _IFF_NO_PI: Final = 0x1000
@@ -62,6 +69,7 @@ class TapPort:
         self.interface = interface
         self._host = host
         self._slot = slot
+        self._fd = NO_FD
         self._number = NO_FD
         self._link = "down"
         self._monitor = LinkMonitor(interface, self._on_link)
@@ -72,24 +80,20 @@ class TapPort:
         Raises:
             PortError: It is no tap, is taken, or we lack the right.
         """
-        fd = attach(self.interface)
-        try:
-            await bring_up(self.interface)
-            await self._monitor.start()
-            (self._number,) = await self._host.install([fd])
-        except BaseException:
-            await self._monitor.stop()
-            raise
-        finally:
-            os.close(fd)
+        self._fd = attach(self.interface)
+        await bring_up(self.interface)
+        await self._monitor.start()
+        (self._number,) = await self._host.install([self._fd])
         record = self._host.ports[self._slot]
         record["kind"], record["fd"] = KIND_TAP, self._number
         record["max_frame"], record["pairs"] = MAX_FRAME, 1
+        record["offloads"] = RECEIVER
         for index in (TX, RX):
             ring = self._ring(index)
             ring["owner"] = self._host.owner_for(self._slot, 0)
             ring["port"], ring["enabled"] = self._slot, 1
-            ring["header_len"], ring["shared"], ring["lock"] = 0, 0, 0
+            ring["header_len"], ring["features"] = NET_HDR_LEN, SENDER
+            ring["shared"], ring["lock"] = 0, 0
             ring["call_fd"] = ring["err_fd"] = NO_FD
             ring["kick_fd"] = self._number if index == RX else NO_FD
             ring["state"] = RING_STARTING
@@ -108,6 +112,10 @@ class TapPort:
         self._ring(RX)["kick_fd"] = NO_FD
         if self._number != NO_FD:
             await self._host.uninstall([self._number])
+            self._number = NO_FD
+        if self._fd != NO_FD:
+            detach(self._fd)
+            self._fd = NO_FD
 
     def state(self) -> State:
         """The port's state and its reason."""
@@ -123,8 +131,8 @@ class TapPort:
         return State("down", f"interface {self.interface} is down ({remedy})")
 
     def features(self) -> list[str]:
-        """Plain frames: nothing is negotiated."""
-        return []
+        """What the kernel does and lets us do."""
+        return feature_names(RECEIVER | SENDER)
 
     def queues(self) -> dict[str, int]:
         """A tap has one pair."""
@@ -152,7 +160,7 @@ def check_name(interface: str) -> None:
 
 
 def attach(interface: str) -> int:
-    """Open a tap, non-blocking, plain frames; the kernel makes it if it is absent.
+    """Open a tap, non-blocking, with virtio-net headers; made if it is absent.
 
     Raises:
         PortError: It is no tap, is taken, or we lack the right.
@@ -163,8 +171,8 @@ def attach(interface: str) -> int:
     try:
         fd = os.open(_DEVICE, os.O_RDWR | os.O_NONBLOCK | os.O_CLOEXEC)
         _choose(fd, interface)
-        # What the last program could do with its frames stays with the interface.
-        fcntl.ioctl(fd, _TUNSETOFFLOAD, 0)
+        fcntl.ioctl(fd, _TUNSETVNETHDRSZ, struct.pack("i", NET_HDR_LEN))
+        fcntl.ioctl(fd, _TUNSETOFFLOAD, _TUN_F_ALL)
     except OSError as error:
         if fd >= 0:
             os.close(fd)
@@ -176,9 +184,16 @@ def attach(interface: str) -> int:
     return fd
 
 
+def detach(fd: int) -> None:
+    """Close a tap. What we could do with its frames would stay with the interface."""
+    with contextlib.suppress(OSError):  # it is gone
+        fcntl.ioctl(fd, _TUNSETOFFLOAD, 0)
+    os.close(fd)
+
+
 def _choose(fd: int, interface: str) -> None:
     """Tie the descriptor to the interface, which may have been made for many queues."""
-    plain = _IFF_TAP | _IFF_NO_PI
+    plain = _IFF_TAP | _IFF_NO_PI | _IFF_VNET_HDR
     try:
         fcntl.ioctl(fd, _TUNSETIFF, struct.pack(_IFREQ, interface.encode(), plain))
     except OSError as error:

@@ -1,27 +1,32 @@
 """Data half of a tap port: one system call a frame, straight from the guest's buffer.
 
 Received frames lie in the worker's own slots; transmitted ones are handed to the kernel
-as the pieces they are in, so the kernel's copy is the only one.
+as the pieces they are in, so the kernel's copy is the only one. A virtio-net header comes
+and goes with each, as with a guest: the kernel begins checksums and sends super-frames,
+and completes and cuts ours.
 """
 
 import errno
 from typing import Final
 
+from ports import offload
 from ports.base import NO_FD
 from ports.burst import (
     BURST_SIZE,
     MIN_FRAME,
-    SEGMENT,
     TAP_SLOT,
     TOO_SHORT,
 )
 from ports.native import Record, jit, load_u64, read_fd, writev_fd
+from ports.vhost.chain import write_header
+from ports.vhost.virtio import NET_HDR_LEN
 from ports.views import frame_at, segment_at
 
+HEADER_LEN: Final = NET_HDR_LEN
+_EINVAL: Final = errno.EINVAL
 _EAGAIN: Final = errno.EAGAIN
 _ENOMEM: Final = errno.ENOMEM
 _ENOBUFS: Final = errno.ENOBUFS
-_SEGMENT_SIZE: Final = SEGMENT.itemsize
 
 
 @jit
@@ -33,12 +38,13 @@ def receive(port: Record, ctx: Record) -> int:
     slots = int(ctx["tap_slots"])
     for i in range(BURST_SIZE):
         addr = slots + i * TAP_SLOT
-        length = read_fd(fd, addr, TAP_SLOT)
-        if length <= 0:
+        got = read_fd(fd, addr, TAP_SLOT)
+        if got <= 0:
             return i
+        length = got - HEADER_LEN
         frame = frame_at(int(ctx["burst"]), i)
-        frame["addr"] = addr
-        frame["eth"] = addr
+        frame["addr"] = addr + HEADER_LEN
+        frame["eth"] = addr + HEADER_LEN
         frame["length"] = length if length >= MIN_FRAME else TOO_SHORT
         frame["segments"] = 1
         frame["offload"] = 0
@@ -58,15 +64,17 @@ def transmit(port: Record, ctx: Record, n: int, tally: Record) -> int:
         pick = load_u64(int(ctx["picked"]) + 8 * k)
         frame = frame_at(int(ctx["burst"]), pick)
         length = int(frame["length"])
-        if length > max_frame:
+        if length > max_frame and offload.wire_length(frame) > max_frame:
             tally["tx_drop_too_long"] += 1
             continue
         got = _write(fd, ctx, frame, length)
-        if got == length:
+        if got == HEADER_LEN + length:
             arrived += 1
             tally["tx_bytes"] += length
         elif got in (-_EAGAIN, -_ENOBUFS, -_ENOMEM):
             tally["tx_drop_ring_full"] += 1
+        elif got == -_EINVAL:
+            tally["tx_drop_bad_offload"] += 1
         else:
             tally["tx_drop_link_down"] += 1
     tally["tx_frames"] += arrived
@@ -75,11 +83,21 @@ def transmit(port: Record, ctx: Record, n: int, tally: Record) -> int:
 
 @jit
 def _write(fd: int, ctx: Record, frame: Record, length: int) -> int:
+    """Write a header and a frame of one or many pieces; bytes written or -errno."""
+    targets = int(ctx["targets"])
+    header = segment_at(targets, 0)
+    header["addr"] = int(ctx["heads"])
+    header["len"] = HEADER_LEN
+    write_header(int(ctx["heads"]), HEADER_LEN, frame, 0)
     pieces = int(frame["segments"])
-    if pieces > 1:
-        row = int(frame["first_segment"]) * _SEGMENT_SIZE
-        return writev_fd(fd, int(ctx["segments"]) + row, pieces)
-    piece = segment_at(int(ctx["targets"]), 0)
-    piece["addr"] = int(frame["addr"])
-    piece["len"] = length
-    return writev_fd(fd, int(ctx["targets"]), 1)
+    if pieces == 1:
+        piece = segment_at(targets, 1)
+        piece["addr"] = int(frame["addr"])
+        piece["len"] = length
+    else:
+        for k in range(pieces):
+            piece = segment_at(targets, 1 + k)
+            source = segment_at(int(ctx["segments"]), int(frame["first_segment"]) + k)
+            piece["addr"] = int(source["addr"])
+            piece["len"] = int(source["len"])
+    return writev_fd(fd, targets, 1 + pieces)

@@ -38,6 +38,17 @@ class Namespace:
             timeout=timeout,
         ).stdout
 
+    @contextmanager
+    def start(self, *command):
+        """Start a command inside that prints text; at the end it is gone."""
+        with subprocess.Popen(
+            [*self.prefix, *command], stdout=subprocess.PIPE, text=True
+        ) as process:
+            try:
+                yield process
+            finally:
+                process.kill()
+
     def ip(self, command):
         """Run `ip` inside."""
         return self.run("ip", *command.split())

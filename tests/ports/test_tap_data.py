@@ -9,6 +9,9 @@ from ports import tap_data
 from ports.base import NO_FD, PORT
 from ports.burst import BURST_SIZE, CONTEXT, TOO_SHORT, make_scratch
 from ports.counters import COUNTERS, NAMES
+from ports.vhost.virtio import NET_HDR_LEN
+
+HEADER = bytes(NET_HDR_LEN)
 
 
 class Bench:
@@ -63,7 +66,7 @@ def bench():
 def test_a_burst_is_read_up_to_its_size(bench):
     frames = [bytes([n]) * (14 + n) for n in range(BURST_SIZE + 3)]
     for frame in frames:
-        bench.far.send(frame)
+        bench.far.send(HEADER + frame)
     assert tap_data.receive(bench.port, bench.ctx) == BURST_SIZE
     assert bench.received(BURST_SIZE) == frames[:BURST_SIZE]
     assert tap_data.receive(bench.port, bench.ctx) == 3
@@ -72,7 +75,7 @@ def test_a_burst_is_read_up_to_its_size(bench):
 
 
 def test_less_than_a_header_is_marked(bench):
-    bench.far.send(bytes(13))
+    bench.far.send(HEADER + bytes(13))
     assert tap_data.receive(bench.port, bench.ctx) == 1
     assert int(bench.scratch["burst"][0]["length"]) == TOO_SHORT
 
@@ -85,7 +88,7 @@ def test_a_port_without_a_descriptor_has_no_frames(bench):
 def test_frames_are_written_in_order_and_counted(bench):
     frames = [bytes([n]) * 60 for n in range(5)]
     assert bench.transmit(frames) == 5
-    assert [bench.far.recv(2048) for _ in frames] == frames
+    assert [bench.far.recv(2048) for _ in frames] == [HEADER + f for f in frames]
     assert bench.counted() == {"tx_frames": 5, "tx_bytes": 300}
 
 
@@ -98,7 +101,8 @@ def test_a_frame_in_pieces_is_written_as_one(bench):
     frame["segments"], frame["first_segment"] = len(pieces), 64
     bench.scratch["picked"][0] = 0
     assert tap_data.transmit(bench.port, bench.ctx, 1, bench.tally) == 1
-    assert bench.far.recv(2048) == b"".join(piece.tobytes() for piece in pieces)
+    whole = HEADER + b"".join(piece.tobytes() for piece in pieces)
+    assert bench.far.recv(2048) == whole
 
 
 def test_what_a_full_queue_refuses_is_counted_as_that(bench):

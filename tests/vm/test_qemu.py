@@ -3,21 +3,19 @@
 import os
 import re
 import signal
-import sys
 
 import pytest
 
-from tests.vm.checks import assert_moves_a_file, assert_pings, digest, serve_blob
+from tests.vm.checks import (
+    assert_moves_a_file,
+    assert_moves_a_file_to_the_host,
+    assert_pings,
+)
 from vswitch.demo.qemu import QemuGuest
 
 pytestmark = [pytest.mark.vm, pytest.mark.timeout(300)]
 
 PING = re.compile(r"(\d+) packets transmitted, (\d+) packets received")
-FETCH = """
-import hashlib, sys, urllib.request
-with urllib.request.urlopen(sys.argv[1], timeout=30) as answer:
-    print(hashlib.file_digest(answer, "sha256").hexdigest())
-"""
 
 
 def count_answers(guest):
@@ -76,9 +74,7 @@ def test_a_guest_talks_to_the_host_through_a_tap(uplink_lab, namespace):
     namespace.run("ip", "address", "add", "10.77.0.254/24", "dev", "uplink0")
     (guest,) = uplink_lab.boot(uplink_lab.machine(1))
     assert_pings(guest, "10.77.0.254")
-    serve_blob(guest)
-    fetched = namespace.run(sys.executable, "-c", FETCH, "http://10.77.0.1/blob")
-    assert fetched.strip() == digest(guest, "/www/blob")
+    assert_moves_a_file_to_the_host(guest, namespace)
     uplink_lab.assert_ledger_balances()
 
 
