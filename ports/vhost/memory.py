@@ -31,6 +31,20 @@ def find_region(regions: int, first: int, count: int, gpa: int) -> int:
 
 
 @jit
+def find_window(regions: int, first: int, count: int, gpa: int) -> tuple[int, int, int]:
+    """The region that holds `gpa`: where it begins, its size, our address of it.
+
+    For hot loops, which look first whether the last one will do. Nothing fits into the
+    window of size 0 that an address outside memory gets.
+    """
+    row = find_region(regions, first, count, gpa)
+    if row < 0:
+        return 0, 0, 0
+    region = region_at(regions, row)
+    return int(region["gpa"]), int(region["size"]), int(region["addr"])
+
+
+@jit
 def translate(regions: int, first: int, count: int, gpa: int, length: int) -> int:
     """Our address of `length` contiguous bytes at `gpa`, or 0.
 

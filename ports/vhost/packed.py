@@ -49,7 +49,7 @@ from ports.native import (
     store_u64,
 )
 from ports.vhost.chain import break_ring, describe, scatter, write_header
-from ports.vhost.memory import append_pieces, find_region, region_rows, translate
+from ports.vhost.memory import append_pieces, find_window, region_rows, translate
 from ports.vhost.virtio import (
     DESC_F_AVAIL,
     DESC_F_INDIRECT,
@@ -66,7 +66,7 @@ from ports.vhost.virtio import (
     F_INDIRECT_DESC,
     F_MRG_RXBUF,
 )
-from ports.views import frame_at, redo_at, region_at, segment_at
+from ports.views import frame_at, redo_at, segment_at
 
 # A descriptor is read as two words: the address, then len | id << 32 | flags << 48.
 _WORD: Final = 8
@@ -218,13 +218,10 @@ def take(ring: Record, port: Record, ctx: Record, redo: int, tally: Record) -> i
         if flags == 0 and shortest <= length <= longest:
             offset = gpa - window_gpa
             if offset < 0 or offset > window_size - length:
-                row = find_region(regions, first, count, gpa)
-                if row >= 0:
-                    region = region_at(regions, row)
-                    window_gpa = int(region["gpa"])
-                    window_size = int(region["size"])
-                    window_addr = int(region["addr"])
-                    offset = gpa - window_gpa
+                window_gpa, window_size, window_addr = find_window(
+                    regions, first, count, gpa
+                )
+                offset = gpa - window_gpa
             if 0 <= offset <= window_size - length:
                 addr = window_addr + offset + header_len
                 prefetch_read(addr)
@@ -402,13 +399,10 @@ def put(
         if flags == DESC_F_WRITE and need <= space and int(frame["segments"]) == 1:
             offset = gpa - window_gpa
             if offset < 0 or offset > window_size - need:
-                row = find_region(regions, first, count, gpa)
-                if row >= 0:
-                    region = region_at(regions, row)
-                    window_gpa = int(region["gpa"])
-                    window_size = int(region["size"])
-                    window_addr = int(region["addr"])
-                    offset = gpa - window_gpa
+                window_gpa, window_size, window_addr = find_window(
+                    regions, first, count, gpa
+                )
+                offset = gpa - window_gpa
             if 0 <= offset <= window_size - need:
                 addr = window_addr + offset
                 write_header(addr, header_len, frame, 1)

@@ -53,7 +53,7 @@ from ports.native import (
     store_u16,
 )
 from ports.vhost.chain import break_ring, describe, scatter, write_header
-from ports.vhost.memory import append_pieces, find_region, region_rows, translate
+from ports.vhost.memory import append_pieces, find_window, region_rows, translate
 from ports.vhost.virtio import (
     AVAIL_F_NO_INTERRUPT,
     AVAIL_FLAGS,
@@ -72,7 +72,7 @@ from ports.vhost.virtio import (
     USED_IDX,
     USED_RING,
 )
-from ports.views import frame_at, region_at, segment_at
+from ports.views import frame_at, segment_at
 
 # A descriptor is read as two words: the address, then len | flags << 32 | next << 48.
 _LEN_MASK = 0xFFFFFFFF
@@ -159,13 +159,10 @@ def take(ring: Record, port: Record, ctx: Record, calls: Record) -> int:
         if flags == 0 and shortest <= length <= longest:
             offset = gpa - window_gpa
             if offset < 0 or offset > window_size - length:
-                row = find_region(regions, first, count, gpa)
-                if row >= 0:
-                    region = region_at(regions, row)
-                    window_gpa = int(region["gpa"])
-                    window_size = int(region["size"])
-                    window_addr = int(region["addr"])
-                    offset = gpa - window_gpa
+                window_gpa, window_size, window_addr = find_window(
+                    regions, first, count, gpa
+                )
+                offset = gpa - window_gpa
             if 0 <= offset <= window_size - length:
                 addr = window_addr + offset + header_len
                 prefetch_read(addr)
@@ -327,13 +324,10 @@ def put(ring: Record, port: Record, ctx: Record, n: int, tally: Record) -> int:
         if flags == DESC_F_WRITE and need <= space and int(frame["segments"]) == 1:
             offset = gpa - window_gpa
             if offset < 0 or offset > window_size - need:
-                row = find_region(regions, first, count, gpa)
-                if row >= 0:
-                    region = region_at(regions, row)
-                    window_gpa = int(region["gpa"])
-                    window_size = int(region["size"])
-                    window_addr = int(region["addr"])
-                    offset = gpa - window_gpa
+                window_gpa, window_size, window_addr = find_window(
+                    regions, first, count, gpa
+                )
+                offset = gpa - window_gpa
             if 0 <= offset <= window_size - need:
                 addr = window_addr + offset
                 write_header(addr, header_len, frame, 1)
