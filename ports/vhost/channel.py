@@ -4,7 +4,7 @@ A stream socket glues messages together and cuts them anywhere, and descriptors 
 to the message whose bytes they came with. What this means for us: a read never asks
 for more than is missing of the *current* message; the kernel then cannot hand us the
 next one's descriptors. A peer may take its time over a message but not for ever
-(`expired`), and may not let replies pile up (`send`).
+(`deadline_s`), and may not let replies pile up (`send`).
 
 Numba-free. Time is passed in. What messages mean is `session`'s business.
 """
@@ -59,10 +59,6 @@ class Channel:
     def deadline_s(self) -> float | None:
         """When the message that has begun must be complete; None between messages."""
         return self._deadline_s
-
-    def expired(self, now_s: float) -> bool:
-        """Whether the peer stopped in the middle of a message."""
-        return self._deadline_s is not None and now_s >= self._deadline_s
 
     def receive(self, now_s: float) -> Message | None:
         """The next message, or None where it is not all there yet.

@@ -41,16 +41,9 @@ USED_F_NO_NOTIFY: Final = 1
 
 MAX_QUEUE_SIZE: Final = 32768
 
-# Packed virtqueues, virtio 1.2 §2.8: descriptors of the same size, with an id between
-# len and flags; and two event areas of u16 off_wrap, u16 flags (§2.8.14).
-PACKED_DESC: Final = np.dtype(
-    [
-        ("addr", "<u8"),  # guest-physical address
-        ("len", "<u4"),  # bytes
-        ("id", "<u2"),  # of the chain, in its last descriptor
-        ("flags", "<u2"),  # DESC_F_*
-    ]
-)
+# Packed virtqueues, virtio 1.2 §2.8: descriptors of the same size, but with the chain's
+# id where flags are in a split one, and flags where next is; and two event areas of
+# u16 off_wrap, u16 flags (§2.8.14).
 DESC_F_AVAIL: Final = 1 << 7
 DESC_F_USED: Final = 1 << 15
 EVENT_OFF_WRAP: Final = 0

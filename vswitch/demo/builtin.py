@@ -11,7 +11,6 @@ from vswitch.demo.screen import Screen
 from vswitch.guest import Guest
 from vswitch.guest.netstack import NetStack
 
-KIND: Final = "built-in"
 _SIZE: Final = 1 << 20
 
 

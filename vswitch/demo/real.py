@@ -15,7 +15,6 @@ from vswitch.demo import image
 from vswitch.demo.qemu import Machine, QemuGuest
 from vswitch.demo.screen import Screen
 
-KIND: Final = "QEMU"
 _SIZE: Final = 16 << 20
 _WEB_PORT: Final = 8000
 
