@@ -18,7 +18,8 @@ MAX_SEGMENTS: Final = 64  # pieces of one frame; more is a guest that burns our 
 MAX_WALK: Final = 4 * MAX_SEGMENTS  # descriptors of a chain, empty ones included
 MAX_FRAME: Final = 65535 + 18  # longest IP packet, Ethernet header and a VLAN tag
 MIN_FRAME: Final = 14  # an Ethernet header
-ETH_SNAPSHOT: Final = 16  # bytes of the gathered head of a frame in small pieces
+ETH_SNAPSHOT: Final = 16  # bytes kept of a frame's head
+ADDRESSES_LEN: Final = 12  # of them: destination and source
 MAX_TARGETS: Final = 1024  # pieces of receive buffers for one frame
 
 # FRAME.length of a chain that holds no frame; each value is one drop counter.
@@ -31,7 +32,9 @@ FRAME: Final = np.dtype(
     [
         ("addr", "<i8"),  # first byte, when it lies in one piece
         ("length", "<i8"),  # bytes, or one of the codes above
-        ("eth", "<i8"),  # address of at least 14 contiguous bytes of its head
+        # At least 14 contiguous bytes of its head. From `decide` on, at least the two
+        # addresses as they were judged, in our own memory.
+        ("eth", "<i8"),
         ("segments", "<i8"),  # number of pieces
         ("first_segment", "<i8"),  # row in the segments table, for more than one piece
         ("egress", "<i8"),  # port slot, or a negative verdict
@@ -63,7 +66,7 @@ CONTEXT: Final = np.dtype(
         ("burst", "<i8"),  # FRAME[2 * BURST_SIZE]; the second half for `offload.lower`
         ("segments", "<i8"),  # SEGMENT rows of the burst
         ("targets", "<i8"),  # SEGMENT rows of one delivery
-        ("heads", "<i8"),  # gathered heads; the first is for headers we write
+        ("heads", "<i8"),  # heads of frames; the first is for headers we write
         ("tap_slots", "<i8"),
         ("headers", "<i8"),  # clean headers of frames that ask for something
         ("lowered", "<i8"),  # a frame to be lowered, then what is made of it

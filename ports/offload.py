@@ -16,7 +16,7 @@ up to two VLAN tags. Not here: UDP fragmentation and segmentation, tunnels.
 
 from typing import Final
 
-from ports.burst import BURST_SIZE, MIN_FRAME, TAP_SLOT
+from ports.burst import ADDRESSES_LEN, BURST_SIZE, MIN_FRAME, TAP_SLOT
 from ports.native import (
     Record,
     copy_bytes,
@@ -191,6 +191,7 @@ def lower(ctx: Record, frame: Record, begin: int) -> tuple[int, int]:
     csum_start = (word >> 48) & _U16
     if begin == 0:
         _copy_frame(ctx, frame, whole)
+        copy_bytes(whole, int(frame["eth"]), ADDRESSES_LEN)
     if (word >> 8) & 0xFF == NET_HDR_GSO_NONE:
         _complete(whole, length, csum_start, load_any_u16(clean + 8))
         _plain(ctx, 0, whole, length)

@@ -12,6 +12,7 @@ from typing import Final
 from ports import offload
 from ports.base import NO_FD
 from ports.burst import (
+    ADDRESSES_LEN,
     BURST_SIZE,
     MIN_FRAME,
     TAP_SLOT,
@@ -83,21 +84,27 @@ def transmit(port: Record, ctx: Record, n: int, tally: Record) -> int:
 
 @jit
 def _write(fd: int, ctx: Record, frame: Record, length: int) -> int:
-    """Write a header and a frame of one or many pieces; bytes written or -errno."""
+    """Write a header, the judged addresses, the frame's rest; bytes or -errno."""
     targets = int(ctx["targets"])
     header = segment_at(targets, 0)
     header["addr"] = int(ctx["heads"])
     header["len"] = HEADER_LEN
     write_header(int(ctx["heads"]), HEADER_LEN, frame, 0)
+    judged = segment_at(targets, 1)
+    judged["addr"] = int(frame["eth"])
+    judged["len"] = ADDRESSES_LEN
     pieces = int(frame["segments"])
     if pieces == 1:
-        piece = segment_at(targets, 1)
-        piece["addr"] = int(frame["addr"])
-        piece["len"] = length
-    else:
-        for k in range(pieces):
-            piece = segment_at(targets, 1 + k)
-            source = segment_at(int(ctx["segments"]), int(frame["first_segment"]) + k)
-            piece["addr"] = int(source["addr"])
-            piece["len"] = int(source["len"])
-    return writev_fd(fd, targets, 1 + pieces)
+        piece = segment_at(targets, 2)
+        piece["addr"] = int(frame["addr"]) + ADDRESSES_LEN
+        piece["len"] = length - ADDRESSES_LEN
+        return writev_fd(fd, targets, 3)
+    skip = ADDRESSES_LEN
+    for k in range(pieces):
+        source = segment_at(int(ctx["segments"]), int(frame["first_segment"]) + k)
+        passed = min(skip, int(source["len"]))
+        skip -= passed
+        piece = segment_at(targets, 2 + k)
+        piece["addr"] = int(source["addr"]) + passed
+        piece["len"] = int(source["len"]) - passed
+    return writev_fd(fd, targets, 2 + pieces)

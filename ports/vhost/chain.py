@@ -10,6 +10,7 @@ virtio 1.2 §2.7.4 message framing, §5.1.6 network device operation.
 from ports import offload
 from ports.base import NO_FD, RING_BROKEN
 from ports.burst import (
+    ADDRESSES_LEN,
     BAD_CHAIN,
     BAD_HEADER,
     ETH_SNAPSHOT,
@@ -23,6 +24,7 @@ from ports.native import (
     copy_bytes,
     eventfd_signal,
     jit,
+    load_any_u64,
     load_u16,
     load_u64,
     store_any_u16,
@@ -135,8 +137,19 @@ def write_header(addr: int, header_len: int, frame: Record, num_buffers: int) ->
 
 
 @jit
+def seal(dst: int, frame: Record) -> None:
+    """Write the addresses that were judged over those that were copied.
+
+    The guest may have changed them in between; what decided is what is delivered.
+    """
+    judged = int(frame["eth"])
+    store_any_u64(dst, load_any_u64(judged))
+    store_any_u64(dst + 4, load_any_u64(judged + 4))
+
+
+@jit
 def scatter(ctx: Record, frame: Record, header: int, header_len: int) -> None:
-    """Copy the header, then the frame's pieces, into the collected targets."""
+    """Copy the header, the judged addresses, the rest of the frame into the targets."""
     targets = int(ctx["targets"])
     segments = int(ctx["segments"])
     target = 0
@@ -144,14 +157,22 @@ def scatter(ctx: Record, frame: Record, header: int, header_len: int) -> None:
     left = int(segment_at(targets, 0)["len"])
     pieces = int(frame["segments"])
     begin = int(frame["first_segment"])
-    for k in range(-1, pieces):
-        if k < 0:
+    skip = ADDRESSES_LEN
+    for k in range(-2, pieces):
+        if k == -2:
             src, length = header, header_len
-        elif pieces == 1:
-            src, length = int(frame["addr"]), int(frame["length"])
+        elif k == -1:
+            src, length = int(frame["eth"]), ADDRESSES_LEN
         else:
-            src = int(segment_at(segments, begin + k)["addr"])
-            length = int(segment_at(segments, begin + k)["len"])
+            if pieces == 1:
+                src, length = int(frame["addr"]), int(frame["length"])
+            else:
+                src = int(segment_at(segments, begin + k)["addr"])
+                length = int(segment_at(segments, begin + k)["len"])
+            passed = min(skip, length)
+            skip -= passed
+            src += passed
+            length -= passed
         while length > 0:
             while left == 0:
                 target += 1

@@ -48,7 +48,7 @@ from ports.native import (
     store_u16,
     store_u64,
 )
-from ports.vhost.chain import break_ring, describe, scatter, write_header
+from ports.vhost.chain import break_ring, describe, scatter, seal, write_header
 from ports.vhost.memory import append_pieces, find_window, region_rows, translate
 from ports.vhost.virtio import (
     DESC_F_AVAIL,
@@ -407,6 +407,7 @@ def put(
                 addr = window_addr + offset
                 write_header(addr, header_len, frame, 1)
                 copy_bytes(addr + header_len, int(frame["addr"]), length)
+                seal(addr + header_len, frame)
                 _note(ring, redo, noted, position, _used_word(position, word, need))
                 position = _advance(position, 1, size)
                 noted += 1

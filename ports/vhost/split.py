@@ -52,7 +52,7 @@ from ports.native import (
     store_release_u16,
     store_u16,
 )
-from ports.vhost.chain import break_ring, describe, scatter, write_header
+from ports.vhost.chain import break_ring, describe, scatter, seal, write_header
 from ports.vhost.memory import append_pieces, find_window, region_rows, translate
 from ports.vhost.virtio import (
     AVAIL_F_NO_INTERRUPT,
@@ -332,6 +332,7 @@ def put(ring: Record, port: Record, ctx: Record, n: int, tally: Record) -> int:
                 addr = window_addr + offset
                 write_header(addr, header_len, frame, 1)
                 copy_bytes(addr + header_len, int(frame["addr"]), length)
+                seal(addr + header_len, frame)
                 slot = used + USED_ELEM_SIZE * ((next_used + taken) & mask)
                 store_any_u64(slot, head | (need << 32))
                 taken += 1

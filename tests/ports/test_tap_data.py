@@ -35,7 +35,7 @@ class Bench:
         self.bytes = [np.frombuffer(frame, np.uint8) for frame in frames]
         for row, data in zip(self.scratch["burst"], self.bytes, strict=False):
             row["addr"], row["length"] = data.ctypes.data, data.size
-            row["segments"] = 1
+            row["eth"], row["segments"] = data.ctypes.data, 1
         self.scratch["picked"][: len(frames)] = range(len(frames))
         return tap_data.transmit(self.port, self.ctx, len(frames), self.tally)
 
@@ -99,6 +99,8 @@ def test_a_frame_in_pieces_is_written_as_one(bench):
     frame = bench.scratch["burst"][0]
     frame["length"] = sum(piece.size for piece in pieces)
     frame["segments"], frame["first_segment"] = len(pieces), 64
+    head = np.frombuffer(b"".join(piece.tobytes() for piece in pieces), np.uint8)
+    frame["eth"] = head.ctypes.data
     bench.scratch["picked"][0] = 0
     assert tap_data.transmit(bench.port, bench.ctx, 1, bench.tally) == 1
     whole = HEADER + b"".join(piece.tobytes() for piece in pieces)

@@ -5,7 +5,7 @@ IEEE 802.3 §3.2.3: the lowest bit of the first byte marks a group address.
 
 from typing import Final
 
-from ports.native import jit, load_any_u64
+from ports.native import jit, load_any_u64, store_any_u32, store_any_u64
 
 _ADDRESS_MASK: Final = 0xFFFFFFFFFFFF
 _GROUP_BIT: Final = 1
@@ -25,6 +25,13 @@ def read_source(frame: int) -> int:
     """Source address of the frame at `frame`, read once."""
     # Bytes 6 to 13; all of them lie within the smallest frame.
     return load_any_u64(frame + 6) & _ADDRESS_MASK
+
+
+@jit
+def keep_addresses(at: int, destination: int, source: int) -> None:
+    """Write both addresses to `at`, in our own memory."""
+    store_any_u64(at, destination | (source << 48))
+    store_any_u32(at + 8, source >> 16)
 
 
 @jit

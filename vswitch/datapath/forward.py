@@ -12,13 +12,14 @@ virtio-net has no frame check sequence and neither have we: a frame is forwarded
 from typing import Final
 
 from ports import dispatch
-from ports.burst import BAD_CHAIN, BAD_HEADER, TOO_LONG, TOO_SHORT
+from ports.burst import BAD_CHAIN, BAD_HEADER, ETH_SNAPSHOT, TOO_LONG, TOO_SHORT
 from ports.native import Record, jit, load_u64, store_u64
 from ports.views import frame_at, port_at
 from vswitch.datapath import fdb
 from vswitch.datapath.ethernet import (
     is_group,
     is_reserved,
+    keep_addresses,
     read_destination,
     read_source,
 )
@@ -60,6 +61,7 @@ def decide(
     header_len = int(ring["header_len"])
     tally = tally_at(ctx, worker, ingress)
     burst = int(ctx["burst"])
+    heads = int(ctx["heads"])
     first = int(ctx["first"])
     last = int(ctx["last"])
     egresses = int(ctx["egresses"])
@@ -97,6 +99,9 @@ def decide(
             last_src = src
             if src == last_dst:
                 last_dst = _NO_ADDRESS
+        judged = heads + (i + 1) * ETH_SNAPSHOT
+        keep_addresses(judged, dst, src)
+        frame["eth"] = judged
         if is_group(dst):
             if forward_reserved == 0 and is_reserved(dst):
                 frame["egress"] = DROP
