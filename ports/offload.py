@@ -24,7 +24,10 @@ from ports.native import (
     load_any_u16,
     load_any_u64,
     load_u8,
+    load_u16,
+    load_u64,
     store_any_u16,
+    store_any_u32,
     store_any_u64,
     store_u8,
 )
@@ -42,12 +45,14 @@ from ports.vhost.virtio import (
     NET_HDR_GSO_NONE,
     NET_HDR_GSO_TCPV4,
     NET_HDR_GSO_TCPV6,
+    NET_HDR_LEN,
 )
 from ports.views import frame_at, segment_at
 
 # The clean header as two words: flags | gso_type << 8 | hdr_len << 16 | gso_size << 32 |
 # csum_start << 48, and csum_offset.
 HEADER_SLOT: Final = 16
+HEADER_LEN: Final = NET_HDR_LEN  # as every modern driver and the kernel's taps have it
 _U16: Final = 0xFFFF
 _ASKS: Final = NET_HDR_F_NEEDS_CSUM | 0xFF00
 _MIN_GSO_SIZE: Final = 32  # smaller ones would only burn our time
@@ -130,6 +135,22 @@ def _may_cut(gso_type: int, features: int) -> bool:
     if needed != 0 and gso_type & NET_HDR_GSO_ECN:
         needed |= F_HOST_ECN
     return needed != 0 and features & needed == needed
+
+
+@jit
+def write_header(addr: int, header_len: int, frame: Record, num_buffers: int) -> None:
+    """Write a frame's header. virtio 1.2 §5.1.6.4.1: num_buffers >= 1."""
+    clean = int(frame["offload"])
+    csum_offset = 0
+    if clean == 0:
+        store_any_u64(addr, 0)
+    else:
+        store_any_u64(addr, load_u64(clean))
+        csum_offset = load_u16(clean + 8)
+    if header_len == HEADER_LEN:
+        store_any_u32(addr + 8, csum_offset | num_buffers << 16)
+    else:
+        store_any_u16(addr + 8, csum_offset)
 
 
 @jit

@@ -19,11 +19,9 @@ from ports.burst import (
     TOO_SHORT,
 )
 from ports.native import Record, jit, load_u64, read_fd, writev_fd
-from ports.vhost.chain import write_header
-from ports.vhost.virtio import NET_HDR_LEN
 from ports.views import frame_at, segment_at
 
-HEADER_LEN: Final = NET_HDR_LEN
+HEADER_LEN: Final = offload.HEADER_LEN
 _EINVAL: Final = errno.EINVAL
 _EAGAIN: Final = errno.EAGAIN
 _ENOMEM: Final = errno.ENOMEM
@@ -89,7 +87,7 @@ def _write(fd: int, ctx: Record, frame: Record, length: int) -> int:
     header = segment_at(targets, 0)
     header["addr"] = int(ctx["heads"])
     header["len"] = HEADER_LEN
-    write_header(int(ctx["heads"]), HEADER_LEN, frame, 0)
+    offload.write_header(int(ctx["heads"]), HEADER_LEN, frame, 0)
     judged = segment_at(targets, 1)
     judged["addr"] = int(frame["eth"])
     judged["len"] = ADDRESSES_LEN

@@ -25,13 +25,9 @@ from ports.native import (
     eventfd_signal,
     jit,
     load_any_u64,
-    load_u16,
-    load_u64,
-    store_any_u16,
-    store_any_u32,
     store_any_u64,
 )
-from ports.vhost.virtio import NET_HDR_LEN, NET_HDR_LEN_LEGACY
+from ports.vhost.virtio import NET_HDR_LEN_LEGACY
 from ports.views import segment_at
 
 
@@ -118,22 +114,6 @@ def asks_for_offload(frame: Record, header_len: int) -> bool:
     if eth != int(frame["addr"]):
         return int(frame["offload"]) != 0
     return offload.asks(eth - header_len)
-
-
-@jit
-def write_header(addr: int, header_len: int, frame: Record, num_buffers: int) -> None:
-    """Write a frame's header. virtio 1.2 §5.1.6.4.1: num_buffers >= 1."""
-    clean = int(frame["offload"])
-    csum_offset = 0
-    if clean == 0:
-        store_any_u64(addr, 0)
-    else:
-        store_any_u64(addr, load_u64(clean))
-        csum_offset = load_u16(clean + 8)
-    if header_len == NET_HDR_LEN:
-        store_any_u32(addr + 8, csum_offset | num_buffers << 16)
-    else:
-        store_any_u16(addr + 8, csum_offset)
 
 
 @jit

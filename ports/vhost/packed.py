@@ -48,7 +48,7 @@ from ports.native import (
     store_u16,
     store_u64,
 )
-from ports.vhost.chain import break_ring, describe, scatter, seal, write_header
+from ports.vhost.chain import break_ring, describe, scatter, seal
 from ports.vhost.memory import append_pieces, find_window, region_rows, translate
 from ports.vhost.virtio import (
     DESC_F_AVAIL,
@@ -405,7 +405,7 @@ def put(
                 offset = gpa - window_gpa
             if 0 <= offset <= window_size - need:
                 addr = window_addr + offset
-                write_header(addr, header_len, frame, 1)
+                offload.write_header(addr, header_len, frame, 1)
                 copy_bytes(addr + header_len, int(frame["addr"]), length)
                 seal(addr + header_len, frame)
                 _note(ring, redo, noted, position, _used_word(position, word, need))
@@ -508,7 +508,7 @@ def _put_pieces(
         rows += 1
         position = _advance(position, slots, size)
     header = int(ctx["heads"])
-    write_header(header, header_len, frame, rows)
+    offload.write_header(header, header_len, frame, rows)
     scatter(ctx, frame, header, header_len)
     return rows, position, 1
 

@@ -52,7 +52,7 @@ from ports.native import (
     store_release_u16,
     store_u16,
 )
-from ports.vhost.chain import break_ring, describe, scatter, seal, write_header
+from ports.vhost.chain import break_ring, describe, scatter, seal
 from ports.vhost.memory import append_pieces, find_window, region_rows, translate
 from ports.vhost.virtio import (
     AVAIL_F_NO_INTERRUPT,
@@ -330,7 +330,7 @@ def put(ring: Record, port: Record, ctx: Record, n: int, tally: Record) -> int:
                 offset = gpa - window_gpa
             if 0 <= offset <= window_size - need:
                 addr = window_addr + offset
-                write_header(addr, header_len, frame, 1)
+                offload.write_header(addr, header_len, frame, 1)
                 copy_bytes(addr + header_len, int(frame["addr"]), length)
                 seal(addr + header_len, frame)
                 slot = used + USED_ELEM_SIZE * ((next_used + taken) & mask)
@@ -423,7 +423,7 @@ def _put_pieces(
         missing -= filled
         chains += 1
     header = int(ctx["heads"])
-    write_header(header, header_len, frame, chains)
+    offload.write_header(header, header_len, frame, chains)
     scatter(ctx, frame, header, header_len)
     return chains
 
