@@ -20,6 +20,13 @@ class Mapping(NamedTuple):
     number: int  # of the file's descriptor in every worker
 
 
+class State(NamedTuple):
+    """What a user wants to know of a port: a word, and why."""
+
+    word: str
+    reason: str
+
+
 class Host(Protocol):
     """The switch, as a port sees it."""
 

@@ -29,11 +29,10 @@ from ports.base import (
 )
 from ports.burst import MAX_FRAME
 from ports.errors import PortError
-from ports.host import Host
+from ports.host import Host, State
 from ports.links import LinkMonitor, bring_up
 from ports.vhost.features import RECEIVER, SENDER, feature_names
 from ports.vhost.virtio import NET_HDR_LEN
-from ports.vhost_user import State
 
 # linux/if_tun.h
 _TUNSETIFF: Final = 0x400454CA

@@ -15,12 +15,9 @@ What an identical memory table needs is nothing: front-ends send it at every sta
 """
 
 import asyncio
-import contextlib
-import errno
 import logging
 import os
 import socket
-import stat
 import time
 from pathlib import Path
 from typing import Final, NamedTuple, cast
@@ -42,8 +39,8 @@ from ports.base import (
     TX,
 )
 from ports.burst import MAX_FRAME
-from ports.errors import PortError, ProtocolError
-from ports.host import Host, Mapping
+from ports.errors import ProtocolError
+from ports.host import Host, Mapping, State
 from ports.vhost import virtio
 from ports.vhost.channel import Channel
 from ports.vhost.features import RECEIVER, feature_names
@@ -55,8 +52,8 @@ from ports.vhost.session import (
     WantedRegion,
     WantedRing,
 )
+from ports.vhost.sockets import check_path, errno_name, listen
 
-_LONGEST_PATH: Final = 107  # sockaddr_un, without its final zero
 _ETHERNET_AND_TAG: Final = 18
 _CONNECT_S: Final = 0.01
 _LOOK_AGAIN_S: Final = 1.0
@@ -65,13 +62,6 @@ _LOG_WINDOW_S: Final = 10.0
 _LOG_LINES: Final = 20
 
 _log = logging.getLogger(__name__)
-
-
-class State(NamedTuple):
-    """What a user wants to know of a port: a word, and why."""
-
-    word: str
-    reason: str
 
 
 class _Basis(NamedTuple):
@@ -138,9 +128,9 @@ class VhostUserPort:
         Raises:
             PortError: The path cannot be used.
         """
-        _check_path(self.path)
+        check_path(self.path)
         if self.mode == "server":
-            self._listener = _listen(self.path)
+            self._listener = listen(self.path)
         record = self._host.ports[self._slot]
         record["kind"] = KIND_VHOST_USER
         record["max_frame"] = MAX_FRAME
@@ -229,7 +219,7 @@ class VhostUserPort:
                 connection.connect(str(self.path))
             except OSError as error:
                 connection.close()
-                self._trouble = _errno_name(error)
+                self._trouble = errno_name(error)
                 if isinstance(error, FileNotFoundError):
                     await appeared(self.path, _LOOK_AGAIN_S)
                 else:
@@ -548,82 +538,6 @@ def _address(region: WantedRegion, mapping: Mapping) -> int:
 def _signed(word: int) -> int:
     """A 64-bit address as the records hold it."""
     return word - (1 << 64) if word >= 1 << 63 else word
-
-
-def _check_path(path: Path) -> None:
-    length = len(os.fsencode(path))
-    if length > _LONGEST_PATH:
-        message = (
-            f"cannot use {path}: the path has {length} bytes, a socket's may have"
-            f" {_LONGEST_PATH} (choose a shorter one)"
-        )
-        raise PortError(message)
-
-
-def _listen(path: Path) -> socket.socket:
-    """Bind a listening socket, over a stale file if need be.
-
-    Raises:
-        PortError: Somebody listens there, or the directory is missing or closed to us.
-    """
-    listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-    listener.setblocking(False)
-    try:
-        remove_stale(path)
-        listener.bind(str(path))
-        path.chmod(0o660)
-        listener.listen(1)
-    except OSError as error:
-        listener.close()
-        raise PortError(f"cannot listen on {path}: {_explain(path, error)}") from error
-    except PortError:
-        listener.close()
-        raise
-    return listener
-
-
-def remove_stale(path: Path) -> None:
-    """Remove the socket file of a listener that is gone.
-
-    Raises:
-        PortError: Somebody listens there, or it is no socket.
-    """
-    try:
-        mode = path.lstat().st_mode
-    except FileNotFoundError:
-        return
-    if not stat.S_ISSOCK(mode):
-        message = f"cannot listen on {path}: a file that is no socket is there"
-        raise PortError(f"{message} (choose another path)")
-    with contextlib.closing(socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)) as probe:
-        probe.setblocking(False)
-        try:
-            probe.connect(str(path))
-        except ConnectionRefusedError:
-            path.unlink()
-            return
-        except BlockingIOError:
-            pass  # a listener with a full queue is alive
-    message = f"cannot listen on {path}: EADDRINUSE: another process is listening"
-    raise PortError(f"{message} (end it, or choose another path)")
-
-
-def _explain(path: Path, error: OSError) -> str:
-    name = _errno_name(error)
-    if isinstance(error, FileNotFoundError):
-        return f"{name}: no directory {path.parent} (mkdir -p {path.parent})"
-    if isinstance(error, PermissionError):
-        owner = path.parent.stat()
-        return (
-            f"{name}: {path.parent} belongs to uid {owner.st_uid} with mode"
-            f" {stat.S_IMODE(owner.st_mode):04o}, we are uid {os.geteuid()}"
-            " (choose a directory of your own)"
-        )
-    return name
-
-
-def _errno_name(error: OSError) -> str:
-    return errno.errorcode.get(error.errno or 0, str(error))
 
 
 def _close_all(fds: list[int]) -> None:

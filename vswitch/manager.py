@@ -23,7 +23,7 @@ from typing import Any, Final
 import msgpack
 
 from ports.errors import PortError
-from ports.vhost_user import remove_stale
+from ports.vhost.sockets import remove_stale
 from vswitch import __version__, snapshot
 from vswitch import shared as segment
 from vswitch.control import endpoint, rundir

@@ -9,8 +9,9 @@ from typing import Any, Final, Protocol
 
 from ports.base import MAX_PAIRS, MAX_PORTS, NO_FD, RINGS_PER_PORT
 from ports.errors import PortError
+from ports.host import State
 from ports.tap import TapPort, check_name
-from ports.vhost_user import State, VhostUserPort
+from ports.vhost_user import VhostUserPort
 from vswitch.control import endpoint
 from vswitch.control.endpoint import Endpoint
 from vswitch.errors import ConfigError, VswitchError
