@@ -24,7 +24,7 @@ def memory_arguments(size: str = _SIZE) -> list[str]:
 
 
 def network_arguments(
-    name: str, path: Path, mode: str, queues: int, mac: str, extra: str = ""
+    name: str, path: Path, mode: str, queues: int, mac: str
 ) -> list[str]:
     """A virtio-net device on a vhost-user socket.
 
@@ -34,7 +34,6 @@ def network_arguments(
         mode: The port's: in "client" mode QEMU listens.
         queues: Queue pairs.
         mac: The guest's address.
-        extra: More properties of the device, with a leading comma.
     """
     role = "server=on,wait=off" if mode == "client" else "reconnect=1"
     pairs = f",queues={queues}" if queues > 1 else ""
@@ -44,7 +43,7 @@ def network_arguments(
     return [
         *("-chardev", f"socket,id=chr-{name},path={escaped},{role}"),
         *("-netdev", f"vhost-user,id=net-{name},chardev=chr-{name}{pairs}"),
-        *("-device", f"virtio-net-pci,netdev=net-{name},mac={mac}{mq}{extra}"),
+        *("-device", f"virtio-net-pci,netdev=net-{name},mac={mac}{mq}"),
     ]
 
 
