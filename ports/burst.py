@@ -20,6 +20,7 @@ MAX_FRAME: Final = 65535 + 18  # longest IP packet, Ethernet header and a VLAN t
 MIN_FRAME: Final = 14  # an Ethernet header
 ETH_SNAPSHOT: Final = 16  # bytes kept of a frame's head
 ADDRESSES_LEN: Final = 12  # of them: destination and source
+HEADER_SLOT: Final = 16  # bytes kept of a clean virtio-net header
 MAX_TARGETS: Final = 1024  # pieces of receive buffers for one frame
 
 # FRAME.length of a chain that holds no frame; each value is one drop counter.
@@ -88,7 +89,7 @@ def make_scratch() -> dict[str, "np.ndarray[Any, np.dtype[Any]]"]:
         "targets": np.zeros(MAX_TARGETS, SEGMENT),
         "heads": np.zeros((BURST_SIZE + 1) * ETH_SNAPSHOT, np.uint8),
         "tap_slots": np.zeros(BURST_SIZE * TAP_SLOT, np.uint8),
-        "headers": np.zeros(BURST_SIZE * 16, np.uint8),
+        "headers": np.zeros(BURST_SIZE * HEADER_SLOT, np.uint8),
         "lowered": np.zeros((BURST_SIZE + 1) * TAP_SLOT, np.uint8),
         "lowered_rows": np.arange(BURST_SIZE, 2 * BURST_SIZE),
         "picked": np.zeros(BURST_SIZE, np.int64),

@@ -7,6 +7,8 @@ Texts read `what failed: what was found (what to do)` and do not name the port: 
 catches one knows which port it was.
 """
 
+import errno
+
 
 class PortError(Exception):
     """A port cannot be opened, or cannot go on."""
@@ -14,3 +16,8 @@ class PortError(Exception):
 
 class ProtocolError(PortError):
     """The peer sent what its protocol forbids."""
+
+
+def errno_name(error: OSError) -> str:
+    """The error's symbol, as EACCES."""
+    return errno.errorcode.get(error.errno or 0, str(error))

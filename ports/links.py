@@ -12,7 +12,7 @@ import socket
 from collections.abc import AsyncIterator, Callable
 from typing import Any, Final
 
-from ports.errors import PortError
+from ports.errors import PortError, errno_name
 
 _RTMGRP_LINK: Final = 1
 _IFF_UP: Final = 1
@@ -46,7 +46,7 @@ class LinkMonitor:
             self._task = asyncio.create_task(self._watch(started))
             await started
         except OSError as error:
-            text = f"cannot watch interface {self._name}: {_errno_name(error)}"
+            text = f"cannot watch interface {self._name}: {errno_name(error)}"
             raise PortError(text) from error
 
     async def stop(self) -> None:
@@ -65,7 +65,7 @@ class LinkMonitor:
                 if not started.done():
                     started.set_exception(error)
                     return
-                cause = _errno_name(error)
+                cause = errno_name(error)
                 _log.warning("interface %s: looking anew: %s", self._name, cause)
                 await asyncio.sleep(_AGAIN_S)
 
@@ -104,7 +104,7 @@ async def bring_up(name: str) -> None:
         text = f"cannot set {name} up: EPERM: we have no CAP_NET_ADMIN"
         raise PortError(f"{text} (ip link set {name} up)") from error
     except OSError as error:
-        raise PortError(f"cannot set {name} up: {_errno_name(error)}") from error
+        raise PortError(f"cannot set {name} up: {errno_name(error)}") from error
 
 
 @contextlib.asynccontextmanager
@@ -132,7 +132,3 @@ async def _look(netlink: Any, index: int) -> str:  # noqa: ANN401 (no types)
     if not links:
         return "gone"
     return "up" if links[0]["flags"] & _IFF_UP else "down"
-
-
-def _errno_name(error: OSError) -> str:
-    return errno.errorcode.get(error.errno or 0, str(error))

@@ -51,7 +51,6 @@ from ports.views import frame_at, segment_at
 
 # The clean header as two words: flags | gso_type << 8 | hdr_len << 16 | gso_size << 32 |
 # csum_start << 48, and csum_offset.
-HEADER_SLOT: Final = 16
 HEADER_LEN: Final = NET_HDR_LEN  # as every modern driver and the kernel's taps have it
 _U16: Final = 0xFFFF
 _ASKS: Final = NET_HDR_F_NEEDS_CSUM | 0xFF00

@@ -16,7 +16,6 @@ What an identical memory table needs is nothing: front-ends send it at every sta
 
 import asyncio
 import logging
-import os
 import socket
 import time
 from pathlib import Path
@@ -39,10 +38,10 @@ from ports.base import (
     TX,
 )
 from ports.burst import MAX_FRAME
-from ports.errors import ProtocolError
+from ports.errors import ProtocolError, errno_name
 from ports.host import Host, Mapping, State
 from ports.vhost import virtio
-from ports.vhost.channel import Channel
+from ports.vhost.channel import Channel, close_fds
 from ports.vhost.features import RECEIVER, feature_names
 from ports.vhost.messages import Message
 from ports.vhost.session import (
@@ -52,7 +51,7 @@ from ports.vhost.session import (
     WantedRegion,
     WantedRing,
 )
-from ports.vhost.sockets import check_path, errno_name, listen
+from ports.vhost.sockets import check_path, listen
 
 _ETHERNET_AND_TAG: Final = 18
 _CONNECT_S: Final = 0.01
@@ -271,7 +270,7 @@ class VhostUserPort:
                 reply = step.base.encode(self._next_index(step.base))
             if reply is not None:
                 await self._send(channel, reply)
-            _close_all(session.take_retired())
+            close_fds(session.take_retired())
             if step.close:
                 raise ProtocolError(step.refused or "the message cannot be answered")
 
@@ -299,7 +298,7 @@ class VhostUserPort:
         session.close()
         await self._reconcile(session)
         self._left = self._positions(running) if packed else {}
-        _close_all(session.take_retired())
+        close_fds(session.take_retired())
         self._session = None
         await self._host.flush(self._slot, also_static=False)
 
@@ -538,8 +537,3 @@ def _address(region: WantedRegion, mapping: Mapping) -> int:
 def _signed(word: int) -> int:
     """A 64-bit address as the records hold it."""
     return word - (1 << 64) if word >= 1 << 63 else word
-
-
-def _close_all(fds: list[int]) -> None:
-    for fd in fds:
-        os.close(fd)

@@ -14,6 +14,7 @@ from ports.burst import (
     BAD_CHAIN,
     BAD_HEADER,
     ETH_SNAPSHOT,
+    HEADER_SLOT,
     MAX_FRAME,
     MIN_FRAME,
     TOO_LONG,
@@ -54,7 +55,7 @@ def describe(
         return TOO_LONG
     _gather(segments, begin, end, 0, heads, NET_HDR_LEN_LEGACY)
     if offload.asks(heads):
-        clean = int(ctx["headers"]) + i * offload.HEADER_SLOT
+        clean = int(ctx["headers"]) + i * HEADER_SLOT
         features = int(ring["features"])
         if not offload.accept(frame, length, heads, features, clean):
             return BAD_HEADER
@@ -102,7 +103,7 @@ def accept_offload(ring: Record, ctx: Record, frame: Record, i: int) -> bool:
     if int(frame["offload"]) != 0:
         return True
     header = int(frame["eth"]) - int(ring["header_len"])
-    clean = int(ctx["headers"]) + i * offload.HEADER_SLOT
+    clean = int(ctx["headers"]) + i * HEADER_SLOT
     length = int(frame["length"])
     return offload.accept(frame, length, header, int(ring["features"]), clean)
 

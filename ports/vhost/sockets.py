@@ -1,14 +1,13 @@
 """Unix sockets that front-ends connect to: made over stale files, refused with a reason."""
 
 import contextlib
-import errno
 import os
 import socket
 import stat
 from pathlib import Path
 from typing import Final
 
-from ports.errors import PortError
+from ports.errors import PortError, errno_name
 
 _LONGEST_PATH: Final = 107  # sockaddr_un, without its final zero
 
@@ -88,8 +87,3 @@ def _explain(path: Path, error: OSError) -> str:
             " (choose a directory of your own)"
         )
     return name
-
-
-def errno_name(error: OSError) -> str:
-    """The error's symbol, as EACCES."""
-    return errno.errorcode.get(error.errno or 0, str(error))
