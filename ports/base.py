@@ -12,6 +12,9 @@ MAX_PORTS: Final = 256
 MAX_PAIRS: Final = 8  # queue pairs a port
 RINGS_PER_PORT: Final = 2 * MAX_PAIRS
 MAX_REGIONS: Final = 32  # rows of one memory table
+# Behind them the row of the log of written pages, virtually a region of its own.
+LOG_ROW: Final = MAX_REGIONS
+TABLE_ROWS: Final = MAX_REGIONS + 1
 
 # PORT.kind
 KIND_NONE: Final = 0
@@ -36,15 +39,19 @@ NO_FD: Final = -1
 RING: Final = np.dtype(
     [
         # Written by the manager while the ring is stopped and every worker knows it,
-        # except state, enabled, owner and the fds, which may change at any time.
+        # except state, enabled, owner, logged and the fds, which may change at any time.
         ("state", "<i8"),
         ("enabled", "<i8"),  # 0 or 1
+        ("logged", "<i8"),  # 1: what we write to the ring is marked in the log
         ("owner", "<i8"),  # worker that polls it (rx), starts and repairs it (both)
         ("port", "<i8"),
         ("shared", "<i8"),  # 1: several workers may put into it, so take the lock
         ("size", "<i8"),  # entries; a power of two where split
         ("header_len", "<i8"),  # bytes of virtio-net header, 12 or 10
         ("features", "<i8"),  # negotiated virtio feature bits
+        # For the log of written pages: addresses of the guest's.
+        ("log_used", "<i8"),  # the used ring; packed: the device's event area
+        ("log_desc", "<i8"),  # the descriptor table
         # Our addresses of the three parts; packed: ring, driver's and device's events.
         ("desc", "<i8"),
         ("avail", "<i8"),
@@ -64,7 +71,7 @@ RING: Final = np.dtype(
         ("next_used", "<i8"),
         ("signalled_used", "<i8"),  # next_used at the last call check; -1: call first
         ("redo", "<i8"),  # packed: REDO rows that are being written to the ring
-        ("data_pad", "<i8", (11,)),
+        ("data_pad", "<i8", (8,)),
     ]
 )
 

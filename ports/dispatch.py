@@ -60,7 +60,7 @@ def accept_offload(ring: Record, ctx: Record, frame: Record, i: int) -> bool:
 def release(ring: Record, port: Record, ctx: Record, n: int, tally: Record) -> None:
     """Give back the `n` frames of the last `receive`; they are not ours any more."""
     if int(port["kind"]) == KIND_VHOST_USER:
-        virtqueue.release(ring, ctx, n)
+        virtqueue.release(ring, port, ctx, n)
         virtqueue.call(ring, tally)
 
 
@@ -195,15 +195,15 @@ def _lock(lock: int, owner: int) -> bool:
 
 
 @jit
-def ask_for_kicks(ring: Record, port: Record) -> bool:
+def ask_for_kicks(ring: Record, port: Record, ctx: Record) -> bool:
     """Ask to be woken by the next frame; True if one is here already."""
     if int(port["kind"]) == KIND_VHOST_USER:
-        return virtqueue.ask_for_kicks(ring)
+        return virtqueue.ask_for_kicks(ring, port, ctx)
     return False
 
 
 @jit
-def stop_kicks(ring: Record, port: Record) -> None:
+def stop_kicks(ring: Record, port: Record, ctx: Record) -> None:
     """Ask not to be woken, since we are looking."""
     if int(port["kind"]) == KIND_VHOST_USER:
-        virtqueue.stop_kicks(ring)
+        virtqueue.stop_kicks(ring, port, ctx)

@@ -40,7 +40,7 @@ class Host(Protocol):
 
     @property
     def regions(self) -> NDArray[void]:
-        """REGION records, two tables of MAX_REGIONS for each slot."""
+        """REGION records, two tables of TABLE_ROWS for each slot."""
 
     @property
     def several(self) -> bool:
@@ -63,6 +63,9 @@ class Host(Protocol):
 
     async def sync(self) -> None:
         """Return when no worker uses what the records said before."""
+
+    async def announce(self, slot: int, address: bytes) -> None:
+        """Tell every port that `address` (6 bytes) lives behind port `slot` from now."""
 
     async def flush(self, slot: int, *, also_static: bool) -> int:
         """Forget the addresses behind a port."""

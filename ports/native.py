@@ -182,6 +182,17 @@ def _add(_context: Any, addr: Any, value: Any) -> Any:
 
 
 @intrinsic
+def _or(_context: Any, addr: Any, value: Any) -> Any:
+    def codegen(context: Any, builder: Any, _signature: Any, args: Any) -> Any:
+        pointer = _pointer(builder, args[0], 8)
+        bits = builder.trunc(args[1], ir.IntType(8))
+        builder.atomic_rmw("or", pointer, bits, "seq_cst")
+        return context.get_dummy_value()
+
+    return types.void(types.int64, types.int64), codegen
+
+
+@intrinsic
 def _rdtsc(_context: Any) -> Any:
     def codegen(_context: Any, builder: Any, _signature: Any, _args: Any) -> Any:
         kind = ir.FunctionType(_I64, [])
@@ -472,6 +483,11 @@ def add_u64(addr: int, value: int) -> int:
     return before
 
 
+def or_u8(addr: int, bits: int) -> None:
+    """Set bits of a byte atomically, after everything that was written before."""
+    ctypes.c_uint8.from_address(addr).value |= bits & 0xFF
+
+
 def rdtsc() -> int:
     """The CPU's cycle counter."""
     return time.perf_counter_ns()
@@ -557,6 +573,7 @@ for _python, _native, _arity in (
     (swap_if_u32, _swap_if_u32, 3),
     (swap_if_u64, _swap_if_u64, 3),
     (add_u64, _add, 2),
+    (or_u8, _or, 2),
     (rdtsc, _rdtsc, 0),
     (pause, _pause, 0),
     (prefetch_read, _prefetch_read, 1),

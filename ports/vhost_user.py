@@ -19,7 +19,7 @@ import logging
 import socket
 import time
 from pathlib import Path
-from typing import Final, NamedTuple, cast
+from typing import Final, NamedTuple, TypeVar, cast
 
 import numpy as np
 
@@ -28,13 +28,14 @@ from ports.appear import appeared
 from ports.base import (
     KIND_NONE,
     KIND_VHOST_USER,
-    MAX_REGIONS,
+    LOG_ROW,
     NO_FD,
     RING_BROKEN,
     RING_STARTING,
     RING_STOPPED,
     RINGS_PER_PORT,
     RX,
+    TABLE_ROWS,
     TX,
 )
 from ports.burst import MAX_FRAME
@@ -62,13 +63,16 @@ _LOG_LINES: Final = 20
 
 _log = logging.getLogger(__name__)
 
+_Thing = TypeVar("_Thing")
+_Mapped = tuple[WantedRegion, Mapping]
+
 
 class _Basis(NamedTuple):
     """What a running ring rests on; if any of it changes, the ring has to stop."""
 
     places: tuple[object, ...]  # its three parts: part of a file, offset
     num: int
-    features: int | None
+    features: int  # without LOG_ALL, which does not concern it
     kick_fd: int  # the session's
     err_fd: int
 
@@ -109,7 +113,8 @@ class VhostUserPort:
         self._tasks: list[asyncio.Task[None]] = []
         self._session: Session | None = None
         self._features_since = 0.0
-        self._mapped: list[tuple[WantedRegion, Mapping]] = []
+        self._mapped: list[_Mapped] = []
+        self._log_mapped: _Mapped | None = None
         self._running: dict[int, _Running] = {}
         self._left: dict[int, _Left] = {}
         self._ran: set[int] = set()  # rings that ran since the front-end connected
@@ -133,6 +138,9 @@ class VhostUserPort:
         record = self._host.ports[self._slot]
         record["kind"] = KIND_VHOST_USER
         record["max_frame"] = MAX_FRAME
+        for index in range(RINGS_PER_PORT):
+            ring = self._ring(index)
+            ring["port"], ring["number"] = self._slot, self._number(index)
         if self._listener:
             serve = self._accept_forever(self._listener)
         else:
@@ -268,6 +276,8 @@ class VhostUserPort:
                 reply = step.nack
             if step.base is not None:
                 reply = step.base.encode(self._next_index(step.base))
+            for address in session.take_announced():
+                await self._host.announce(self._slot, address)
             if reply is not None:
                 await self._send(channel, reply)
             close_fds(session.take_retired())
@@ -316,6 +326,7 @@ class VhostUserPort:
         await self._stop_rings(session, wanted)
         await self._switch_memory(session)
         await self._replace_calls(wanted)
+        await self._switch_logging(wanted)
         await self._start_rings(session, wanted)
         self._publish(session)
 
@@ -344,16 +355,17 @@ class VhostUserPort:
         await self._host.uninstall(numbers)
 
     async def _switch_memory(self, session: Session) -> None:
-        old = self._mapped
+        old = [*self._mapped, *_listed(self._log_mapped)]
+        wanted = [*session.memory, *_listed(session.log)]
         if [_identity(region) for region, _ in old] == [
-            _identity(region) for region in session.memory
+            _identity(region) for region in wanted
         ]:
             return
         kept = {_file_part(region): mapping for region, mapping in old}
-        new: list[tuple[WantedRegion, Mapping]] = []
+        new: list[_Mapped] = []
         added: list[Mapping] = []
         try:
-            for region in session.memory:
+            for region in wanted:
                 mapping = kept.get(_file_part(region))
                 if mapping is None:
                     mapping = await self._map(region)
@@ -362,10 +374,11 @@ class VhostUserPort:
         except (OSError, MemoryError):
             await self._host.unmap(added)
             raise
-        self._write_table(new)
+        self._log_mapped = new.pop() if session.log else None
         self._mapped = new
+        self._write_table()
         await self._host.sync()
-        used = {mapping for _, mapping in new}
+        used = {mapping for _, mapping in [*new, *_listed(self._log_mapped)]}
         gone = [mapping for _, mapping in old if mapping not in used]
         if gone:
             await self._host.unmap(gone)
@@ -377,17 +390,45 @@ class VhostUserPort:
         end = -(-(region.mmap_offset + region.size) // page) * page
         return await self._host.map(region.fd, end - begin, begin, page)
 
-    def _write_table(self, mapped: list[tuple[WantedRegion, Mapping]]) -> None:
+    def _write_table(self) -> None:
         """Write the other half of this port's region rows, then name it in one store."""
         self._table_half = 1 - self._table_half
-        first = (2 * self._slot + self._table_half) * MAX_REGIONS
-        for row, (region, mapping) in enumerate(mapped, start=first):
-            record = self._host.regions[row]
-            record["gpa"] = _signed(region.gpa)
-            record["size"] = region.size
-            record["addr"] = _address(region, mapping)
-            record["frontend_va"] = _signed(region.frontend_va)
-        self._host.ports[self._slot]["regions"] = first << 8 | len(mapped)
+        first = (2 * self._slot + self._table_half) * TABLE_ROWS
+        for row, mapped in enumerate(self._mapped, start=first):
+            self._write_row(row, mapped)
+        self._host.regions[first + LOG_ROW]["size"] = 0
+        if self._log_mapped:
+            self._write_row(first + LOG_ROW, self._log_mapped)
+        self._host.ports[self._slot]["regions"] = first << 8 | len(self._mapped)
+
+    def _write_row(self, row: int, mapped: _Mapped) -> None:
+        region, mapping = mapped
+        record = self._host.regions[row]
+        record["gpa"] = _signed(region.gpa)
+        record["size"] = region.size
+        record["addr"] = _address(region, mapping)
+        record["frontend_va"] = _signed(region.frontend_va)
+
+    async def _switch_logging(self, wanted: dict[int, WantedRing]) -> None:
+        """Begin or cease to mark what is written to running rings."""
+        changed = [
+            index
+            for index in self._running
+            if bool(self._ring(index)["logged"]) != wanted[index].logged
+        ]
+        for index in changed:
+            self._write_logging(wanted[index])
+        if changed:
+            await self._host.sync()
+
+    def _write_logging(self, ring: WantedRing) -> None:
+        assert ring.addr is not None  # noqa: S101 (runnable rings have areas)
+        assert ring.areas is not None  # noqa: S101
+        record, table = self._ring(ring.index), ring.areas.desc
+        record["log_used"] = _signed(ring.addr.log)
+        region, _ = self._mapped[table.region]
+        record["log_desc"] = _signed(region.gpa + table.offset)
+        record["logged"] = int(ring.logged)
 
     async def _replace_calls(self, wanted: dict[int, WantedRing]) -> None:
         """Put new call descriptors in place of running rings' old ones."""
@@ -436,7 +477,6 @@ class VhostUserPort:
         assert ring.areas is not None  # noqa: S101 (runnable rings have areas)
         record = self._ring(ring.index)
         record["owner"] = self._host.owner_for(self._slot, ring.index // 2)
-        record["port"], record["number"] = self._slot, self._number(ring.index)
         record["shared"] = int(self._host.several)
         record["size"] = ring.num
         record["header_len"] = session.header_len
@@ -445,6 +485,7 @@ class VhostUserPort:
             place = getattr(ring.areas, part)
             region, mapping = self._mapped[place.region]
             record[part] = _address(region, mapping) + place.offset
+        self._write_logging(ring)
         record["lock"] = 0
         record["packed"] = int(session.packed)
         record["next_avail"] = self._position(ring.index)
@@ -518,7 +559,12 @@ def _basis(session: Session, ring: WantedRing) -> _Basis:
     places = tuple(
         (_file_part(session.memory[place.region]), place.offset) for place in ring.areas
     )
-    return _Basis(places, ring.num, session.features, ring.kick_fd, ring.err_fd)
+    features = (session.features or 0) & ~virtio.F_LOG_ALL
+    return _Basis(places, ring.num, features, ring.kick_fd, ring.err_fd)
+
+
+def _listed(thing: _Thing | None) -> list[_Thing]:
+    return [] if thing is None else [thing]
 
 
 def _identity(region: WantedRegion) -> tuple[int, ...]:

@@ -78,7 +78,7 @@ class Shared(NamedTuple):
     ports: NDArray[np.void]  # PORT[MAX_PORTS]
     rings: NDArray[np.void]  # RING[MAX_PORTS * RINGS_PER_PORT]
     redo: NDArray[np.void]  # REDO[MAX_PORTS * RINGS_PER_PORT, REDO_ROWS]
-    regions: NDArray[np.void]  # REGION[MAX_PORTS * 2 * MAX_REGIONS]
+    regions: NDArray[np.void]  # REGION[MAX_PORTS * 2 * TABLE_ROWS]
     fdb: NDArray[np.void]  # FDB[FDB_BUCKETS]
     counters: NDArray[np.void]  # COUNTERS[MAX_WORKERS, MAX_PORTS]
     workers: NDArray[np.void]  # WORKER[MAX_WORKERS]

@@ -19,13 +19,13 @@ from numpy.typing import NDArray
 
 from ports.base import (
     MAX_PORTS,
-    MAX_REGIONS,
     PORT,
     REDO,
     REDO_ROWS,
     REGION,
     RING,
     RINGS_PER_PORT,
+    TABLE_ROWS,
 )
 from ports.counters import COUNTERS
 from vswitch.errors import VswitchError
@@ -40,7 +40,7 @@ _TABLES: Final[tuple[tuple[str, "np.dtype[Any]", tuple[int, ...]], ...]] = (
     ("ports", PORT, (MAX_PORTS,)),
     ("rings", RING, (MAX_PORTS * RINGS_PER_PORT,)),
     ("redo", REDO, (MAX_PORTS * RINGS_PER_PORT, REDO_ROWS)),
-    ("regions", REGION, (MAX_PORTS * 2 * MAX_REGIONS,)),
+    ("regions", REGION, (MAX_PORTS * 2 * TABLE_ROWS,)),
     ("fdb", FDB, (FDB_BUCKETS,)),
     ("counters", COUNTERS, (MAX_WORKERS, MAX_PORTS)),
     ("workers", WORKER, (MAX_WORKERS,)),

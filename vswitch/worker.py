@@ -28,6 +28,7 @@ from typing import Any, Final
 import numpy as np
 
 from ports import native
+from ports.vhost.virtio import NET_HDR_LEN
 from vswitch import shared as segment
 from vswitch.control import protocol
 from vswitch.datapath import fdb, loop
@@ -77,6 +78,7 @@ class Worker:
             "close": self._close_fds,
             "sync": self._sync,
             "fdb": self._change_fdb,
+            "inject": self._inject,
         }
 
     def warm_up(self) -> None:
@@ -217,6 +219,14 @@ class Worker:
             "flush": fdb.flush,
         }
         return int(changes[verb](self._ctx, *arguments))
+
+    def _inject(self, _seq: int, slot: int, frame: bytes) -> int:
+        """Forward a frame as if the guest behind a port had sent it."""
+        data = np.frombuffer(bytes(NET_HDR_LEN) + frame, np.uint8)
+        addr = data.ctypes.data + NET_HDR_LEN
+        now_s = segment.elapsed_s(self._shared)
+        loop.inject(self._ctx, self._number, slot, addr, len(frame), now_s)
+        return 0
 
     def _report_progress(self, done: threading.Event) -> None:
         while not done.wait(_PROGRESS_S):

@@ -32,6 +32,7 @@ from ports import cache
 from ports.aio import readable as _readable
 from ports.base import RING_STOPPED, RX
 from ports.host import Mapping
+from vswitch import rarp
 from vswitch.control import protocol
 from vswitch.errors import VswitchError
 from vswitch.plan import AddressPlan, NumberPlan
@@ -214,7 +215,7 @@ class Workers:
 
     @property
     def regions(self) -> NDArray[np.void]:
-        """REGION records, two tables of MAX_REGIONS for each slot."""
+        """REGION records, two tables of TABLE_ROWS for each slot."""
         return self._shared.regions
 
     async def map(self, fd: int, length: int, offset: int, alignment: int) -> Mapping:
@@ -268,15 +269,15 @@ class Workers:
 
     async def change_fdb(self, verb: str, *arguments: int) -> int:
         """Let one worker change the forwarding database; what the change returned."""
-        ready = self._ready()
-        if not ready:
-            message = "no worker is running (see the log)"
-            raise VswitchError(message)
-        return await self._tell(ready[0], "fdb", verb, list(arguments))
+        return await self._tell(self._anybody(), "fdb", verb, list(arguments))
 
     async def flush(self, slot: int, *, also_static: bool) -> int:
         """Forget what lives behind a port (all ports: -1)."""
         return await self.change_fdb("flush", slot, int(also_static), 0, FDB_BUCKETS)
+
+    async def announce(self, slot: int, address: bytes) -> None:
+        """Let one worker tell every port that `address` lives behind port `slot`."""
+        await self._tell(self._anybody(), "inject", slot, rarp.frame(address))
 
     def owner_for(self, slot: int, pair: int) -> int:
         """The worker that is to serve a queue pair: the one that polls the fewest.
@@ -457,6 +458,13 @@ class Workers:
         task.add_done_callback(self._tasks.discard)
 
     # --- small questions ---
+
+    def _anybody(self) -> _Process:
+        ready = self._ready()
+        if not ready:
+            message = "no worker is running (see the log)"
+            raise VswitchError(message)
+        return ready[0]
 
     def _ready(self) -> list[_Process]:
         return [self._processes[number] for number in self._ready_numbers()]

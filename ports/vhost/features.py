@@ -22,7 +22,9 @@ OFFERED: Final = (
     | SENDER
     | virtio.F_MTU
     | virtio.F_MRG_RXBUF
+    | virtio.F_GUEST_ANNOUNCE
     | virtio.F_MQ
+    | virtio.F_LOG_ALL
     | virtio.F_ANY_LAYOUT
     | virtio.F_INDIRECT_DESC
     | virtio.F_EVENT_IDX
@@ -32,7 +34,14 @@ OFFERED: Final = (
     | virtio.F_IN_ORDER
 )
 OFFERED_PROTOCOL: Final = (
-    messages.PF_MQ | messages.PF_REPLY_ACK | messages.PF_NET_MTU | messages.PF_STATUS
+    messages.PF_MQ
+    | messages.PF_LOG_SHMFD
+    | messages.PF_RARP
+    | messages.PF_REPLY_ACK
+    | messages.PF_NET_MTU
+    | messages.PF_RESET_DEVICE
+    | messages.PF_CONFIGURE_MEM_SLOTS
+    | messages.PF_STATUS
 )
 
 # virtio 1.2 §5.1.3 and §6, by bit; 26 and 30 are vhost's.

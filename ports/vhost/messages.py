@@ -40,6 +40,7 @@ PF_REPLY_ACK: Final = 1 << 3
 PF_NET_MTU: Final = 1 << 4
 PF_BACKEND_REQ: Final = 1 << 5
 PF_CONFIG: Final = 1 << 9
+PF_RESET_DEVICE: Final = 1 << 13
 PF_CONFIGURE_MEM_SLOTS: Final = 1 << 15
 PF_STATUS: Final = 1 << 16
 
@@ -150,6 +151,7 @@ class VringState:
         return cls(*_unpack(_VRING_STATE, data))
 
 
+VRING_F_LOG: Final = 1  # mark in the log what is written to the used ring
 _VRING_ADDR: Final = struct.Struct("=IIQQQQ")
 
 
@@ -158,7 +160,7 @@ class VringAddr:
     """Where one ring's parts are, as the front-end's virtual addresses."""
 
     index: int
-    flags: int  # bit 0: log writes to the used ring
+    flags: int  # VRING_F_LOG
     desc: int
     used: int  # before avail, unlike everywhere else
     avail: int
@@ -355,6 +357,7 @@ RULES: Final[dict[int, Rule]] = {
     Request.SET_BACKEND_REQ_FD: Rule(max_fds=1, needs=PF_BACKEND_REQ),
     Request.GET_CONFIG: Rule(Config, reply=Config, needs=PF_CONFIG),
     Request.SET_CONFIG: Rule(Config, needs=PF_CONFIG),
+    Request.RESET_DEVICE: Rule(needs=PF_RESET_DEVICE),
     Request.GET_MAX_MEM_SLOTS: Rule(reply=U64, needs=PF_CONFIGURE_MEM_SLOTS),
     Request.ADD_MEM_REG: Rule(SingleRegion, max_fds=1, needs=PF_CONFIGURE_MEM_SLOTS),
     # Older front-ends attach a descriptor, which is of no use.

@@ -48,6 +48,7 @@ from ports.native import (
     store_u16,
     store_u64,
 )
+from ports.vhost import dirty
 from ports.vhost.chain import break_ring, describe, scatter, seal
 from ports.vhost.memory import append_pieces, find_window, region_rows, translate
 from ports.vhost.virtio import (
@@ -88,7 +89,7 @@ _PUT_BAD: Final = -2
 
 @jit
 def start(ring: Record) -> None:
-    """Take up a ring and ask the driver not to kick.
+    """Take up a ring.
 
     Where: at `next_avail`, where an earlier session left it; at the front-end's base,
     in `signalled_used`, if the driver has begun anew since. After a front-end lost us
@@ -100,7 +101,6 @@ def start(ring: Record) -> None:
     ring["next_used"] = int(ring["next_avail"])
     ring["signalled_used"] = -1
     ring["redo"] = 0
-    stop_kicks(ring)
     ring["state"] = RING_RUNNING
 
 
@@ -349,10 +349,9 @@ def _append_table(
 
 
 @jit
-def release(ring: Record, redo: int, n: int) -> None:
+def release(ring: Record, port: Record, ctx: Record, redo: int, n: int) -> None:
     """Give back the `n` chains of the last take."""
-    ring["redo"] = n
-    _publish(ring, redo, n)
+    _publish_at(ring, port, ctx, redo, n, int(ring["next_avail"]))
 
 
 @jit
@@ -372,6 +371,7 @@ def put(
     regions = int(ctx["regions"])
     picked = int(ctx["picked"])
     first, count = region_rows(port)
+    log, log_len = dirty.find_log(regions, first)
     window_gpa = 0
     window_size = 0
     window_addr = 0
@@ -408,23 +408,25 @@ def put(
                 offload.write_header(addr, header_len, frame, 1)
                 copy_bytes(addr + header_len, int(frame["addr"]), length)
                 seal(addr + header_len, frame)
+                if log_len > 0:
+                    dirty.mark(log, log_len, gpa, need)
                 _note(ring, redo, noted, position, _used_word(position, word, need))
                 position = _advance(position, 1, size)
                 noted += 1
                 arrived += 1
                 sent_bytes += length
                 if noted == REDO_ROWS:
-                    _publish_at(ring, redo, noted, position)
+                    _publish_at(ring, port, ctx, redo, noted, position)
                     noted = 0
                 continue
         # It may take many rows, and gives up where they do not suffice.
         if noted > 0:
-            _publish_at(ring, redo, noted, position)
+            _publish_at(ring, port, ctx, redo, noted, position)
             noted = 0
         rows, behind, got = _put_pieces(ring, ctx, redo, first, count, frame, position)
         if rows > 0:
             position = behind
-            _publish_at(ring, redo, rows, position)
+            _publish_at(ring, port, ctx, redo, rows, position)
         if got > 0:
             arrived += 1
             sent_bytes += length
@@ -439,18 +441,22 @@ def put(
             tally["tx_drop_not_ready"] += n - k
             break
     if noted > 0:
-        _publish_at(ring, redo, noted, position)
+        _publish_at(ring, port, ctx, redo, noted, position)
     tally["tx_frames"] += arrived
     tally["tx_bytes"] += sent_bytes
     return arrived
 
 
 @jit
-def _publish_at(ring: Record, redo: int, n: int, position: int) -> None:
+def _publish_at(
+    ring: Record, port: Record, ctx: Record, redo: int, n: int, position: int
+) -> None:
     """Give a batch back after which we stand at `position`."""
+    begin = int(ring["next_used"]) & _INDEX
     ring["next_avail"] = position
     ring["redo"] = n
     _publish(ring, redo, n)
+    dirty.mark_slots(ring, port, ctx, begin, position & _INDEX)
 
 
 @jit
@@ -510,6 +516,9 @@ def _put_pieces(
     header = int(ctx["heads"])
     offload.write_header(header, header_len, frame, rows)
     scatter(ctx, frame, header, header_len)
+    if dirty.find_log(int(ctx["regions"]), first)[1] > 0:
+        need = int(frame["length"]) + header_len
+        dirty.mark_pieces(int(ctx["regions"]), first, count, targets, need)
     return rows, position, 1
 
 

@@ -25,7 +25,11 @@ Descriptors: `handle` takes over all that came with a message. Those it keeps ar
 wanted state; those it replaces wait in `take_retired` until no worker uses them; the
 rest are closed at once.
 
-Not here: dirty-page logging, memory slots, a reverse channel.
+Pages that we write are logged once both are known, the log and the feature LOG_ALL, in
+whatever order they come; and until LOG_ALL is taken back, which ends a migration.
+
+Not here: a reverse channel; the tracking of descriptors in flight, which we, who give
+chains back in the order in which they came, do not need to find our place again.
 
 vhost-user: Back-end Program Conventions, Ring states, Communication.
 """
@@ -34,7 +38,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Final, NamedTuple
 
-from ports.base import NO_FD
+from ports.base import MAX_REGIONS, NO_FD
 from ports.errors import ProtocolError
 from ports.vhost import virtio
 from ports.vhost.channel import close_fds
@@ -48,11 +52,14 @@ from ports.vhost.messages import (
     PF_REPLY_ACK,
     RULES,
     U64,
+    VRING_F_LOG,
+    Log,
     MemTable,
     Message,
     Payload,
     Request,
     Rule,
+    SingleRegion,
     VringAddr,
     VringFd,
     VringState,
@@ -67,7 +74,10 @@ from ports.vhost.wanted import (
     WantedRegion,
     WantedRing,
     check_addresses,
+    check_apart,
+    check_log,
     check_num,
+    check_region,
     check_table,
     find_areas,
     take_eventfd,
@@ -91,6 +101,8 @@ MAX_RING_PAIRS: Final = 128  # a ring's index has 8 bits in the messages with an
 # NET_SET_MTU: what virtio 1.2 §5.1.4.1 allows.
 MIN_MTU: Final = 68
 MAX_MTU: Final = 65535
+
+_MAC_LEN: Final = 6
 
 # virtio 1.2 §2.1
 STATUS_DRIVER_OK: Final = 4
@@ -150,7 +162,9 @@ class Session:
         self.rings = tuple(WantedRing(index) for index in range(2 * max_pairs))
         self.mtu: int | None = None
         self.status = 0
+        self._log: WantedRegion | None = None
         self._status_given = False
+        self._announced: list[bytes] = []
         self._retired: list[int] = []
 
     # --- what the caller reads ---
@@ -164,6 +178,11 @@ class Session:
     def packed(self) -> bool:
         """Whether the driver chose packed rings."""
         return bool((self.features or 0) & virtio.F_RING_PACKED)
+
+    @property
+    def log(self) -> WantedRegion | None:
+        """The log of written pages, while it is to be kept; its `gpa` means nothing."""
+        return self._log if (self.features or 0) & virtio.F_LOG_ALL else None
 
     @property
     def header_len(self) -> int:
@@ -193,6 +212,11 @@ class Session:
         """
         return translate(self.memory, frontend_va, length)
 
+    def take_announced(self) -> list[bytes]:
+        """Addresses of a guest that has just arrived here, to be told to everybody."""
+        announced, self._announced = self._announced, []
+        return announced
+
     def take_retired(self) -> list[int]:
         """Descriptors no longer wanted, now the caller's to close.
 
@@ -205,6 +229,7 @@ class Session:
         """Want nothing any more, and close every descriptor."""
         self._retire(*(region.fd for region in self.memory))
         self.memory = ()
+        self._drop_log()
         for ring in self.rings:
             self._stop(ring)
             self._retire(ring.err_fd)
@@ -287,10 +312,14 @@ class Session:
         if surplus := features & ~self.offered:
             self.status &= ~STATUS_FEATURES_OK
             raise ProtocolError(f"not offered: {_joined(feature_names(surplus))}")
-        if self.features not in {None, features} and self._any_started():
+        before = features if self.features is None else self.features
+        # The log may be switched at any time; all else is agreed upon before the start.
+        if (before ^ features) & ~virtio.F_LOG_ALL and self._any_started():
             raise ProtocolError(
-                f"changed from {self.features:#x} to {features:#x} while a ring runs"
+                f"changed from {before:#x} to {features:#x} while a ring runs"
             )
+        if before & ~features & virtio.F_LOG_ALL:
+            self._drop_log()
         self.features = features
 
     def _get_protocol_features(self, _payload: None, _fds: list[int]) -> U64:
@@ -308,6 +337,13 @@ class Session:
         SET_OWNER may be missing or late. RESET_OWNER is deprecated, and peers that send
         it do not set things up again. SET_LOG_FD brings what we never signal.
         """
+
+    def _reset_device(self, _payload: None, _fds: list[int]) -> None:
+        """Begin anew; the connection, what was agreed upon and the memory remain."""
+        for ring in self.rings:
+            self._stop(ring)
+            ring.enable = None
+        self.status = 0
 
     def _get_queue_num(self, _payload: None, _fds: list[int]) -> U64:
         return U64(self.max_pairs)
@@ -327,6 +363,31 @@ class Session:
         self.status = payload.value
         self._status_given = True
 
+    # --- migration ---
+
+    def _set_log_base(self, payload: Log, fds: list[int]) -> Log:
+        """Keep a log, maybe in another's place.
+
+        The answer, after which nobody writes to the old one, repeats the request: some
+        front-ends insist on its size, others do not look.
+        """
+        if len(fds) != 1:
+            raise ProtocolError(f"{len(fds)} descriptors, not 1")
+        log = check_log(payload, fds[0], self.memory)
+        if self._log is None or not log.same_as(self._log):
+            self._drop_log()
+            self._log = log
+            fds.clear()
+        return payload
+
+    def _drop_log(self) -> None:
+        if self._log is not None:
+            self._retire(self._log.fd)
+            self._log = None
+
+    def _send_rarp(self, payload: U64, _fds: list[int]) -> None:
+        self._announced.append(payload.encode()[:_MAC_LEN])
+
     # --- memory ---
 
     def _set_mem_table(self, payload: MemTable, fds: list[int]) -> None:
@@ -342,6 +403,32 @@ class Session:
         if rows != self.memory:
             self._retire(*(row.fd for row in self.memory if row.fd not in kept))
             self.memory = rows
+
+    def _get_max_mem_slots(self, _payload: None, _fds: list[int]) -> U64:
+        return U64(MAX_REGIONS)
+
+    def _add_mem_reg(self, payload: SingleRegion, fds: list[int]) -> None:
+        """Add a row; a front-end of several queue pairs says so for each of them."""
+        if len(fds) != 1:
+            raise ProtocolError(f"{len(fds)} descriptors, not 1")
+        region = check_region(payload.region, fds[0])
+        if self._known(region):
+            return
+        if len(self.memory) == MAX_REGIONS:
+            raise ProtocolError(f"more than {MAX_REGIONS} regions")
+        for row in self.memory:
+            check_apart(row, region)
+        fds.clear()
+        self.memory += (region,)
+        self.memory_problem = ""
+
+    def _rem_mem_reg(self, payload: SingleRegion, _fds: list[int]) -> None:
+        """Take a row out; it may be out already, see `_add_mem_reg`."""
+        gone = payload.region
+        wanted = (gone.gpa, gone.frontend_va, gone.size)
+        out = [r for r in self.memory if (r.gpa, r.frontend_va, r.size) == wanted]
+        self._retire(*(row.fd for row in out))
+        self.memory = tuple(row for row in self.memory if row not in out)
 
     def _known(self, region: WantedRegion) -> WantedRegion | None:
         return next((old for old in self.memory if old.same_as(region)), None)
@@ -425,6 +512,7 @@ class Session:
         by_default = self.features_known and not features & virtio.F_PROTOCOL_FEATURES
         for ring in self.rings:
             ring.enabled = by_default if ring.enable is None else ring.enable
+            ring.logged = ring.addr is not None and bool(ring.addr.flags & VRING_F_LOG)
             ring.areas, ring.problem = find_areas(ring, self.memory, packed=self.packed)
             ready = self.features_known and ring.started
             ring.runnable = ready and ring.areas is not None
@@ -443,6 +531,7 @@ _HANDLERS: Final[dict[int, _Handler]] = {
     Request.SET_OWNER: Session._ignore,
     Request.RESET_OWNER: Session._ignore,
     Request.SET_MEM_TABLE: Session._set_mem_table,
+    Request.SET_LOG_BASE: Session._set_log_base,
     Request.SET_LOG_FD: Session._ignore,
     Request.SET_VRING_NUM: Session._set_vring_num,
     Request.SET_VRING_ADDR: Session._set_vring_addr,
@@ -455,7 +544,12 @@ _HANDLERS: Final[dict[int, _Handler]] = {
     Request.SET_PROTOCOL_FEATURES: Session._set_protocol_features,
     Request.GET_QUEUE_NUM: Session._get_queue_num,
     Request.SET_VRING_ENABLE: Session._set_vring_enable,
+    Request.SEND_RARP: Session._send_rarp,
     Request.NET_SET_MTU: Session._net_set_mtu,
+    Request.RESET_DEVICE: Session._reset_device,
+    Request.GET_MAX_MEM_SLOTS: Session._get_max_mem_slots,
+    Request.ADD_MEM_REG: Session._add_mem_reg,
+    Request.REM_MEM_REG: Session._rem_mem_reg,
     Request.SET_STATUS: Session._set_status,
     Request.GET_STATUS: Session._get_status,
 }

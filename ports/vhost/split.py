@@ -52,6 +52,7 @@ from ports.native import (
     store_release_u16,
     store_u16,
 )
+from ports.vhost import dirty
 from ports.vhost.chain import break_ring, describe, scatter, seal
 from ports.vhost.memory import append_pieces, find_window, region_rows, translate
 from ports.vhost.virtio import (
@@ -91,13 +92,12 @@ _AHEAD = 8
 
 @jit
 def start(ring: Record) -> None:
-    """Take up a ring where its used index says, and ask the driver not to kick.
+    """Take up a ring where its used index says.
 
     Whatever SET_VRING_BASE said: front-ends are known to send 0, or the available
     index, for a ring that was in use; we complete in order, so the used index is right.
     """
     resync(ring)
-    stop_kicks(ring)
     ring["state"] = RING_RUNNING
 
 
@@ -258,9 +258,11 @@ def _take_chain(
 
 
 @jit
-def release(ring: Record) -> None:
-    """Give back the chains of the last take."""
-    store_release_u16(int(ring["used"]) + USED_IDX, int(ring["next_used"]))
+def release(ring: Record, port: Record, ctx: Record, n: int) -> None:
+    """Give back the `n` chains of the last take."""
+    next_used = int(ring["next_used"])
+    store_release_u16(int(ring["used"]) + USED_IDX, next_used)
+    dirty.mark_used(ring, port, ctx, next_used - n, n)
 
 
 @jit
@@ -288,6 +290,7 @@ def put(ring: Record, port: Record, ctx: Record, n: int, tally: Record) -> int:
     regions = int(ctx["regions"])
     picked = int(ctx["picked"])
     first, count = region_rows(port)
+    log, log_len = dirty.find_log(regions, first)
     window_gpa = 0
     window_size = 0
     window_addr = 0
@@ -333,6 +336,8 @@ def put(ring: Record, port: Record, ctx: Record, n: int, tally: Record) -> int:
                 offload.write_header(addr, header_len, frame, 1)
                 copy_bytes(addr + header_len, int(frame["addr"]), length)
                 seal(addr + header_len, frame)
+                if log_len > 0:
+                    dirty.mark(log, log_len, gpa, need)
                 slot = used + USED_ELEM_SIZE * ((next_used + taken) & mask)
                 store_any_u64(slot, head | (need << 32))
                 taken += 1
@@ -364,6 +369,8 @@ def put(ring: Record, port: Record, ctx: Record, n: int, tally: Record) -> int:
         ring["next_used"] = next_used
         # Everything written above is visible to the driver that sees this index.
         store_release_u16(int(ring["used"]) + USED_IDX, next_used)
+        if log_len > 0:
+            dirty.mark_used(ring, port, ctx, next_used - taken, taken)
     tally["tx_frames"] += arrived
     tally["tx_bytes"] += sent_bytes
     return arrived
@@ -425,6 +432,8 @@ def _put_pieces(
     header = int(ctx["heads"])
     offload.write_header(header, header_len, frame, chains)
     scatter(ctx, frame, header, header_len)
+    if dirty.find_log(int(ctx["regions"]), first)[1] > 0:
+        dirty.mark_pieces(int(ctx["regions"]), first, count, targets, need)
     return chains
 
 

@@ -101,6 +101,7 @@ F_HOST_TSO4: Final = 1 << 11
 F_HOST_TSO6: Final = 1 << 12
 F_HOST_ECN: Final = 1 << 13
 F_MRG_RXBUF: Final = 1 << 15
+F_GUEST_ANNOUNCE: Final = 1 << 21
 F_MQ: Final = 1 << 22
 F_LOG_ALL: Final = 1 << 26  # vhost
 F_ANY_LAYOUT: Final = 1 << 27  # legacy only

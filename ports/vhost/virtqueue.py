@@ -8,28 +8,30 @@ from typing import Final
 
 from ports.base import REDO, REDO_ROWS
 from ports.native import Record, jit
-from ports.vhost import packed, split
+from ports.vhost import dirty, packed, split
 
 _REDO_SIZE: Final = REDO.itemsize * REDO_ROWS
 
 
 @jit
-def start(ring: Record) -> None:
-    """Take up a ring that was set up."""
+def start(ring: Record, port: Record, ctx: Record) -> None:
+    """Take up a ring that was set up, and ask its driver not to kick."""
     if int(ring["packed"]) != 0:
         packed.start(ring)
     else:
         split.start(ring)
+    stop_kicks(ring, port, ctx)
 
 
 @jit
-def resync(ring: Record, ctx: Record) -> None:
+def resync(ring: Record, port: Record, ctx: Record) -> None:
     """Bring a ring that a dead worker left to where its driver will look next."""
     if int(ring["packed"]) != 0:
         packed.resync(ring, _redo_of(ring, ctx))
     else:
         split.resync(ring)
-    stop_kicks(ring)
+    stop_kicks(ring, port, ctx)
+    dirty.mark_ring(ring, port, ctx)
 
 
 @jit
@@ -41,12 +43,12 @@ def take(ring: Record, port: Record, ctx: Record, tally: Record) -> int:
 
 
 @jit
-def release(ring: Record, ctx: Record, n: int) -> None:
+def release(ring: Record, port: Record, ctx: Record, n: int) -> None:
     """Give back the `n` chains of the last take."""
     if int(ring["packed"]) != 0:
-        packed.release(ring, _redo_of(ring, ctx), n)
+        packed.release(ring, port, ctx, _redo_of(ring, ctx), n)
     else:
-        split.release(ring)
+        split.release(ring, port, ctx, n)
 
 
 @jit
@@ -67,20 +69,24 @@ def call(ring: Record, tally: Record) -> None:
 
 
 @jit
-def ask_for_kicks(ring: Record) -> bool:
+def ask_for_kicks(ring: Record, port: Record, ctx: Record) -> bool:
     """Ask the driver to kick at its next chain; True if one is here already."""
     if int(ring["packed"]) != 0:
-        return packed.ask_for_kicks(ring)
-    return split.ask_for_kicks(ring)
+        here = packed.ask_for_kicks(ring)
+    else:
+        here = split.ask_for_kicks(ring)
+    dirty.mark_events(ring, port, ctx)
+    return here
 
 
 @jit
-def stop_kicks(ring: Record) -> None:
+def stop_kicks(ring: Record, port: Record, ctx: Record) -> None:
     """Ask the driver not to kick."""
     if int(ring["packed"]) != 0:
         packed.stop_kicks(ring)
     else:
         split.stop_kicks(ring)
+    dirty.mark_events(ring, port, ctx)
 
 
 @jit

@@ -20,7 +20,7 @@ from typing import Final, NamedTuple
 from ports.base import MAX_REGIONS, NO_FD
 from ports.errors import ProtocolError
 from ports.vhost import virtio
-from ports.vhost.messages import MemoryRegion, VringAddr, VringFd
+from ports.vhost.messages import Log, MemoryRegion, VringAddr, VringFd
 
 NOT_SHARED: Final = (
     "the front-end's memory is not shared "
@@ -34,6 +34,7 @@ _AVAIL_ALIGN: Final = 2
 _USED_ALIGN: Final = 4
 
 _ADDRESS_SPACE: Final = 1 << 64
+_LOGGED_PER_BYTE: Final = 8 * 4096  # bytes of guest memory, a bit for each page
 
 
 class WantedRegion(NamedTuple):
@@ -87,6 +88,7 @@ class WantedRing:
 
     # Derived after each message.
     enabled: bool = False  # independent of `runnable`
+    logged: bool = False  # what is written to the ring is to be marked in the log
     areas: RingAreas | None = None  # None: addresses, size or memory missing or bad
     runnable: bool = False
     problem: str = ""  # why what was given cannot work
@@ -178,24 +180,42 @@ def check_table(
         raise ProtocolError(f"{len(regions)} regions, more than {MAX_REGIONS}")
     if len(regions) != len(fds):
         raise ProtocolError(f"{len(regions)} regions but {len(fds)} descriptors")
-    rows = [_check_region(region, fd) for region, fd in zip(regions, fds, strict=True)]
+    rows = [check_region(region, fd) for region, fd in zip(regions, fds, strict=True)]
     for a, b in combinations(rows, 2):
-        if _overlap(a.gpa, a.size, b.gpa, b.size):
-            raise ProtocolError(f"regions at guest {a.gpa:#x} and {b.gpa:#x} overlap")
-        if _overlap(a.frontend_va, a.size, b.frontend_va, b.size):
-            raise ProtocolError(
-                f"regions at front-end {a.frontend_va:#x} and {b.frontend_va:#x} "
-                "overlap"
-            )
+        check_apart(a, b)
     return rows
 
 
-def _check_region(region: MemoryRegion, fd: int) -> WantedRegion:
+def check_apart(a: WantedRegion, b: WantedRegion) -> None:
+    """Refuse two rows of one table that share an address."""
+    if _overlap(a.gpa, a.size, b.gpa, b.size):
+        raise ProtocolError(f"regions at guest {a.gpa:#x} and {b.gpa:#x} overlap")
+    if _overlap(a.frontend_va, a.size, b.frontend_va, b.size):
+        raise ProtocolError(
+            f"regions at front-end {a.frontend_va:#x} and {b.frontend_va:#x} overlap"
+        )
+
+
+def check_log(log: Log, fd: int, memory: Sequence[WantedRegion]) -> WantedRegion:
+    """Judge a log of written pages, which has to have a bit for each page of memory.
+
+    The descriptor stays the caller's.
+    """
+    wanted = max((row.gpa + row.size for row in memory), default=1)
+    least = -(-wanted // _LOGGED_PER_BYTE)
+    if log.mmap_size < least:
+        text = f"log of {log.mmap_size:#x} bytes for memory up to {wanted:#x}"
+        raise ProtocolError(f"{text}: {least:#x} are needed")
+    region = MemoryRegion(0, log.mmap_size, 0, log.mmap_offset)
+    return check_region(region, fd, "log")
+
+
+def check_region(region: MemoryRegion, fd: int, where: str = "") -> WantedRegion:
     """A row whose every byte exists, in the address spaces and, by now, in the file.
 
     The file may still be truncated later; who maps it has to survive that.
     """
-    where = f"region at guest {region.gpa:#x}"
+    where = where or f"region at guest {region.gpa:#x}"
     if not region.size:
         raise ProtocolError(f"{where}: size 0")
     for start in (region.gpa, region.frontend_va):

@@ -7,7 +7,6 @@ import pytest
 
 from ports.base import (
     MAX_PORTS,
-    MAX_REGIONS,
     NO_FD,
     PORT,
     REDO,
@@ -15,6 +14,7 @@ from ports.base import (
     REGION,
     RING,
     RINGS_PER_PORT,
+    TABLE_ROWS,
 )
 from ports.counters import COUNTERS
 from ports.native import Record
@@ -46,7 +46,7 @@ def make_shared():
         ports=np.zeros(MAX_PORTS, PORT),
         rings=np.zeros(MAX_PORTS * RINGS_PER_PORT, RING),
         redo=np.zeros((MAX_PORTS * RINGS_PER_PORT, REDO_ROWS), REDO),
-        regions=np.zeros(MAX_PORTS * 2 * MAX_REGIONS, REGION),
+        regions=np.zeros(MAX_PORTS * 2 * TABLE_ROWS, REGION),
         fdb=np.zeros(FDB_BUCKETS, FDB),
         counters=np.zeros((MAX_WORKERS, MAX_PORTS), COUNTERS),
         workers=np.zeros(MAX_WORKERS, WORKER),

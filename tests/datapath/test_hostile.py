@@ -175,7 +175,7 @@ def test_take_describes_nothing_but_the_guests_memory(prison, rings, offered):
         assert sum(size for _, size in parts) == length
         gathered = int(plane.ctx["heads"]) + (i + 1) * ETH_SNAPSHOT
         assert eth == gathered or (eth == parts[0][0] and len(parts) == 1)
-    split.release(ring)
+    split.release(ring, plane.shared.ports[A], plane.ctx, n)
     assert prison.hostile.tx.reap() == [(head, 0) for head in rings[2][:offered]]
     assert prison.guards_are_whole()
 

@@ -46,6 +46,11 @@ def jit_stores(addr, value):
 
 
 @native.jit
+def jit_or(addr, bits):
+    native.or_u8(addr, bits)
+
+
+@native.jit
 def jit_swaps(addr):
     first = native.swap_if_u64(addr, 0, 5)
     second = native.swap_if_u64(addr, 0, 9)
@@ -105,6 +110,13 @@ def test_swaps_agree_with_their_twins():
     assert jit_swaps(compiled.ctypes.data) == expected
     assert twin(jit_swaps)(plain.ctypes.data) == expected
     assert list(compiled) == list(plain) == [3, 7]
+
+
+def test_or_agrees_with_its_twin():
+    compiled, plain = np.full(3, 0x11, np.uint8), np.full(3, 0x11, np.uint8)
+    jit_or(compiled.ctypes.data + 1, 0x86)
+    twin(jit_or)(plain.ctypes.data + 1, 0x86)
+    assert list(compiled) == list(plain) == [0x11, 0x97, 0x11]
 
 
 def test_a_wait_on_an_index_ends_when_another_thread_stores_it():

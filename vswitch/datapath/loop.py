@@ -12,11 +12,17 @@ from typing import Final
 import numpy as np
 
 from ports import dispatch
-from ports.base import KIND_VHOST_USER, RING_RUNNING, RING_STARTING, RINGS_PER_PORT
+from ports.base import (
+    KIND_VHOST_USER,
+    RING_RUNNING,
+    RING_STARTING,
+    RINGS_PER_PORT,
+    RX,
+)
 from ports.burst import CONTEXT, make_scratch
 from ports.native import Record, Records, jit, pause, rdtsc
 from ports.vhost import virtqueue
-from ports.views import port_at, ring_at
+from ports.views import frame_at, port_at, ring_at
 from vswitch.datapath import fdb, forward
 from vswitch.datapath.views import header_at, tally_at, worker_at
 from vswitch.records import Shared
@@ -104,6 +110,27 @@ def _serve(ctx: Record, worker: int, index: int, now_s: int) -> int:
 
 
 @jit
+def inject(
+    ctx: Record, worker: int, slot: int, addr: int, length: int, now_s: int
+) -> None:
+    """Forward a frame of our own, between turns, as if port `slot` had received it.
+
+    Before `addr` are as many zero bytes as a virtio-net header may have. No bytes are
+    no frame.
+    """
+    if length == 0:
+        return
+    frame = frame_at(int(ctx["burst"]), 0)
+    frame["addr"] = addr
+    frame["eth"] = addr
+    frame["length"] = length
+    frame["segments"] = 1
+    frame["offload"] = 0
+    ring = ring_at(int(ctx["rings"]), slot * RINGS_PER_PORT + RX)
+    forward.forward_burst(ctx, worker, ring, 1, now_s)
+
+
+@jit
 def start_rings(ctx: Record, worker: int) -> int:
     """Take up the STARTING rings that this worker owns; how many there were.
 
@@ -116,11 +143,9 @@ def start_rings(ctx: Record, worker: int) -> int:
         ring = ring_at(int(ctx["rings"]), index)
         if int(ring["state"]) != RING_STARTING or int(ring["owner"]) != worker:
             continue
-        if (
-            int(port_at(int(ctx["ports"]), int(ring["port"]))["kind"])
-            == KIND_VHOST_USER
-        ):
-            virtqueue.start(ring)
+        port = port_at(int(ctx["ports"]), int(ring["port"]))
+        if int(port["kind"]) == KIND_VHOST_USER:
+            virtqueue.start(ring, port, ctx)
         else:
             ring["state"] = RING_RUNNING
         started += 1
@@ -145,16 +170,14 @@ def repair_rings(ctx: Record, dead: int, worker: int) -> int:
         ring = ring_at(int(ctx["rings"]), index)
         if int(ring["state"]) != RING_RUNNING:
             continue
-        if (
-            int(port_at(int(ctx["ports"]), int(ring["port"]))["kind"])
-            != KIND_VHOST_USER
-        ):
+        port = port_at(int(ctx["ports"]), int(ring["port"]))
+        if int(port["kind"]) != KIND_VHOST_USER:
             continue
         held = int(ring["lock"]) == dead + 1
         alone = int(ring["shared"]) == 0 and int(ring["owner"]) == worker
         polled = index % 2 == 1 and int(ring["owner"]) == worker
         if held or alone or polled:
-            virtqueue.resync(ring, ctx)
+            virtqueue.resync(ring, port, ctx)
             dispatch.unlock(ctx, index)
             repaired += 1
     return repaired
@@ -168,7 +191,7 @@ def ask_for_kicks(ctx: Record, worker: int, polled: Records) -> int:
         ring = ring_at(int(ctx["rings"]), int(polled[at]))
         if int(ring["state"]) == RING_RUNNING and int(ring["owner"]) == worker:
             port = port_at(int(ctx["ports"]), int(ring["port"]))
-            waiting += int(dispatch.ask_for_kicks(ring, port))
+            waiting += int(dispatch.ask_for_kicks(ring, port, ctx))
     return waiting
 
 
@@ -178,7 +201,8 @@ def stop_kicks(ctx: Record, worker: int, polled: Records) -> None:
     for at in range(polled.size):
         ring = ring_at(int(ctx["rings"]), int(polled[at]))
         if int(ring["state"]) == RING_RUNNING and int(ring["owner"]) == worker:
-            dispatch.stop_kicks(ring, port_at(int(ctx["ports"]), int(ring["port"])))
+            port = port_at(int(ctx["ports"]), int(ring["port"]))
+            dispatch.stop_kicks(ring, port, ctx)
 
 
 @jit
@@ -206,6 +230,7 @@ def warm_up(ctx: Record, worker: int) -> None:
     ask_for_kicks(ctx, worker, none)
     stop_kicks(ctx, worker, none)
     expire(ctx, 0, 0, worker, 0)
+    inject(ctx, worker, 0, 0, 0, 0)
     read_cycles()
     fdb.warm_up(ctx)
 
