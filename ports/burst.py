@@ -74,6 +74,9 @@ CONTEXT: Final = np.dtype(
         ("lowered_rows", "<i8"),  # i8[]: the rows behind the burst
         ("offloads", "<i8"),  # not an address: frames of the burst that ask
         ("picked", "<i8"),  # i8[]: frames for one egress
+        ("pair_of", "<i8"),  # i8[]: of the picked frames, the receive queue of each
+        ("spread", "<i8"),  # i8[]: those for one of them
+        ("peek", "<i8"),  # the beginning of a frame in pieces
         ("first", "<i8"),  # i8[MAX_PORTS]: first frame for a port, or -1
         ("last", "<i8"),  # i8[MAX_PORTS]: last frame for a port
         ("egresses", "<i8"),  # i8[]: ports with frames
@@ -93,6 +96,9 @@ def make_scratch() -> dict[str, "np.ndarray[Any, np.dtype[Any]]"]:
         "lowered": np.zeros((BURST_SIZE + 1) * TAP_SLOT, np.uint8),
         "lowered_rows": np.arange(BURST_SIZE, 2 * BURST_SIZE),
         "picked": np.zeros(BURST_SIZE, np.int64),
+        "pair_of": np.zeros(BURST_SIZE, np.int64),
+        "spread": np.zeros(BURST_SIZE, np.int64),
+        "peek": np.zeros(128, np.uint8),
         "first": np.full(MAX_PORTS, -1, np.int64),
         "last": np.zeros(MAX_PORTS, np.int64),
         "egresses": np.zeros(BURST_SIZE, np.int64),

@@ -7,7 +7,7 @@ line to each if-chain; chains of ints inline where function values do not.
 
 from typing import Final
 
-from ports import offload, tap_data
+from ports import flow, offload, tap_data
 from ports.base import (
     KIND_TAP,
     KIND_VHOST_USER,
@@ -23,6 +23,7 @@ from ports.native import (
     pause,
     sched_yield,
     store_release_u64,
+    store_u64,
     swap_if_u64,
 )
 from ports.vhost import chain, virtqueue
@@ -140,11 +141,41 @@ def _transmit_run(
     """Send the `n` picked frames as they are."""
     if int(port["kind"]) == KIND_TAP:
         return tap_data.transmit(port, ctx, n, tally)
-    # One ring a worker where the guest has enough of them: a flow enters by one
-    # worker, so it leaves by one ring, in order.
-    pair = worker % max(int(port["pairs"]), 1)
-    index = egress * RINGS_PER_PORT + 2 * pair + TX
-    return _transmit_ring(ctx, index, port, worker, n, tally)
+    first = egress * RINGS_PER_PORT + TX
+    if int(port["pairs"]) <= 1:
+        return _transmit_ring(ctx, first, port, worker, n, tally)
+    return _transmit_spread(ctx, first, port, worker, n, tally)
+
+
+@jit
+def _transmit_spread(
+    ctx: Record, first: int, port: Record, worker: int, n: int, tally: Record
+) -> int:
+    """Send the `n` picked frames, each flow by a receive queue of its own.
+
+    `first` is the ring of the port's first queue pair.
+    """
+    pairs = int(port["pairs"])
+    picked = int(ctx["picked"])
+    pair_of = int(ctx["pair_of"])
+    spread = int(ctx["spread"])
+    for k in range(n):
+        frame = frame_at(int(ctx["burst"]), load_u64(picked + 8 * k))
+        pair = (flow.flow_of(ctx, frame) * pairs) >> 32
+        store_u64(pair_of + 8 * k, pair)
+    ctx["picked"] = spread
+    arrived = 0
+    for pair in range(pairs):
+        share = 0
+        for k in range(n):
+            if load_u64(pair_of + 8 * k) == pair:
+                store_u64(spread + 8 * share, load_u64(picked + 8 * k))
+                share += 1
+        if share > 0:
+            index = first + 2 * pair
+            arrived += _transmit_ring(ctx, index, port, worker, share, tally)
+    ctx["picked"] = picked
+    return arrived
 
 
 @jit

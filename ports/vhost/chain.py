@@ -53,13 +53,13 @@ def describe(
         return TOO_SHORT
     if length > MAX_FRAME:
         return TOO_LONG
-    _gather(segments, begin, end, 0, heads, NET_HDR_LEN_LEGACY)
+    gather(segments, begin, end, 0, heads, NET_HDR_LEN_LEGACY)
     if offload.asks(heads):
         clean = int(ctx["headers"]) + i * HEADER_SLOT
         features = int(ring["features"])
         if not offload.accept(frame, length, heads, features, clean):
             return BAD_HEADER
-    _gather(segments, begin, end, header_len, heads, MIN_FRAME)
+    gather(segments, begin, end, header_len, heads, MIN_FRAME)
     skip = header_len
     while skip >= int(segment_at(segments, begin)["len"]):
         skip -= int(segment_at(segments, begin)["len"])
@@ -76,7 +76,7 @@ def describe(
 
 
 @jit
-def _gather(
+def gather(
     segments: int, begin: int, end: int, skip: int, dst: int, length: int
 ) -> None:
     """Copy `length` bytes that start `skip` bytes into the pieces."""

@@ -328,15 +328,19 @@ def test_two_rings_of_a_port_are_one_port(bench, pair, wide):
     assert bench.tally(A)["rx_drop_hairpin"] == 1
 
 
-def test_each_worker_transmits_into_a_pair_of_its_own(bench, pair, wide):
+def test_the_flow_chooses_the_pair_whichever_worker_has_it(bench, pair, wide):
     a, b = pair
-    a.rx, other, _ = wide[1], a.rx, None
-    a.post(4)
-    b.tx.record["owner"] = 3
-    b.send(frame_to(A, B))
-    bench.turn(worker=0)
-    bench.turn(worker=3)
-    assert (len(a.rx.reap()), other.reap()) == (1, [])
+    queues = a.rx, wide[1]
+    a.rx = wide[1]
+    a.post(4, base=0x50000)
+    counts = []
+    for worker in (0, 3):
+        b.tx.record["owner"] = worker
+        b.send(frame_to(A, B))
+        assert bench.turn(worker=worker) == 1
+        counts.append([len(queue.reap()) for queue in queues])
+    assert counts[0] == counts[1]
+    assert sum(counts[0]) == 1
 
 
 def test_a_shared_ring_is_left_unlocked(bench, pair):
