@@ -23,8 +23,17 @@ from vswitch.errors import VswitchError
 
 _KERNEL: Final = "linux-image-cloud-amd64"
 _BUSYBOX: Final = "busybox-static"
+# ethtool, which busybox has not, and what it needs: packages; files and their folders.
+_TOOLS: Final = ("ethtool", "libmnl0", "libc6")
+_TOOL_FILES: Final = (
+    ("sbin/ethtool", "bin"),
+    ("ld-linux-x86-64.so.2", "lib64"),
+    ("libc.so.6", "lib"),
+    ("libm.so.6", "lib"),
+    ("libmnl.so.0", "lib"),
+)
 _MODULES: Final = ("virtio_pci", "virtio_net")
-_FOLDERS: Final = ("bin", "dev", "proc", "sys", "tmp", "www")
+_FOLDERS: Final = ("bin", "dev", "lib", "lib64", "proc", "sys", "tmp", "www")
 
 # One line of the harness is one command; its status follows on a line of its own. The
 # address comes with the kernel's command line, so all guests boot the same image.
@@ -105,13 +114,14 @@ def prepare() -> Image:
 
 
 def _folder() -> Path:
-    recipe = "\n".join((_KERNEL, _BUSYBOX, *_MODULES, *_FOLDERS, _INIT))
+    packages, files = (_KERNEL, _BUSYBOX, *_TOOLS), (_TOOL_FILES, _MODULES)
+    recipe = repr((packages, files, _FOLDERS, _INIT))
     return cache_dir() / f"guest-{sha256(recipe.encode()).hexdigest()[:12]}"
 
 
 def _build(work: Path, built: Path) -> None:
     unpacked = work / "unpacked"
-    _fetch(work, (_real_package(_KERNEL), _BUSYBOX), unpacked)
+    _fetch(work, (_real_package(_KERNEL), _BUSYBOX, *_TOOLS), unpacked)
     shutil.copy(next((unpacked / "boot").glob("vmlinuz-*")), built / "vmlinuz")
     root = work / "root"
     for folder in (*_FOLDERS, "modules"):
@@ -119,6 +129,8 @@ def _build(work: Path, built: Path) -> None:
     shutil.copy(unpacked / "bin" / "busybox", root / "bin" / "busybox")
     (root / "init").write_text(_INIT)
     (root / "init").chmod(0o755)
+    for pattern, folder in _TOOL_FILES:
+        shutil.copy(next(unpacked.rglob(pattern)), root / folder)
     _copy_modules(unpacked, root / "modules")
     _pack(root, built / "initramfs.cpio")
 

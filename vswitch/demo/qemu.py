@@ -24,8 +24,8 @@ from vswitch.errors import VswitchError
 QEMU: Final = "qemu-system-x86_64"
 _BOOT_S: Final = 60.0  # a guest boots in 4 s; tests may run beside other work
 _COMMAND_S: Final = 30.0
-_NO_OFFLOADS: Final = "".join(
-    f",{name}=off"
+_NO_OFFLOADS: Final = ",".join(
+    f"{name}=off"
     for name in (
         *("csum", "guest_csum", "gso", "guest_tso4", "guest_tso6", "guest_ecn"),
         *("guest_ufo", "host_tso4", "host_tso6", "host_ecn", "host_ufo"),
@@ -42,13 +42,19 @@ class Machine(NamedTuple):
         socket_path: The switch's vhost-user socket, or None for no network.
         mac: Address of the guest's interface.
         address: IP address and prefix length of eth0; empty: the interface stays down.
-        queues: Queue pairs, and as many processors.
+        queues: Queue pairs.
+        processors: How many; 0: as many as queue pairs. Linux uses no more pairs than
+            that until it is told to.
         memory_mib: Size of the guest.
         shared: Whether the switch can map the guest's memory; False is the mistake
             that everybody makes once.
         server: QEMU listens and the switch connects.
         packed: The guest is offered packed rings.
         offloads: The guest is offered checksum and segmentation offloads.
+        device: More properties of the network device, as QEMU's command line has them.
+        halted: The virtual processors wait for the first `resume`.
+        from_network: Boot with iPXE, which drives the network device before Linux does,
+            instead of straight from the image.
     """
 
     name: str
@@ -56,11 +62,15 @@ class Machine(NamedTuple):
     mac: str = "52:54:00:00:00:01"
     address: str = ""
     queues: int = 1
+    processors: int = 0
     memory_mib: int = 192
     shared: bool = True
     server: bool = False
     packed: bool = False
     offloads: bool = True
+    device: str = ""
+    halted: bool = False
+    from_network: bool = False
 
 
 def is_installed() -> bool:
@@ -139,6 +149,33 @@ class QemuGuest:
         """Plug the guest's cable in or out."""
         self._qmp.execute("set_link", name="net0", up=up)
 
+    def unplug_device(self) -> None:
+        """Take the network device out of the running guest; its back end stays."""
+        self._qmp.execute("device_del", id="nic0")
+        self._qmp.wait_for_event("DEVICE_DELETED", device="nic0")
+
+    def unplug_backend(self) -> None:
+        """Take out what the device was connected to; QEMU then deletes its socket."""
+        self._qmp.execute("netdev_del", id="net0")
+
+    def plug_backend(self) -> None:
+        """Give QEMU a new socket and a back end for it."""
+        path = {"type": "unix", "data": {"path": str(self.machine.socket_path)}}
+        role = {"wait": False} if self.machine.server else {"reconnect": 1}
+        data = {"addr": path, "server": self.machine.server, **role}
+        backend = {"type": "socket", "data": data}
+        self._qmp.execute("chardev-add", id="port", backend=backend)
+        self._qmp.human(f"netdev_add {_backend(self.machine)}")
+
+    def plug_device(self, device: str = "") -> None:
+        """Put the network device into the running guest.
+
+        Args:
+            device: Its properties, as in Machine.
+        """
+        self.machine = self.machine._replace(device=device)
+        self._qmp.human(f"device_add {_device(self.machine)}")
+
     def kill(self) -> None:
         """End QEMU without warning."""
         self._process.kill()
@@ -193,19 +230,30 @@ def _pipes(process: subprocess.Popen[bytes]) -> tuple[IO[bytes], IO[bytes]]:
 
 
 def _command(image: Image, machine: Machine, console: Path, monitor: int) -> list[str]:
-    arguments = f"{_KERNEL_ARGUMENTS} vswitch.address={machine.address}"
     return [
         *(QEMU, "-accel", "tcg", "-nodefaults", "-no-user-config", "-nographic"),
-        *("-smp", str(machine.queues), "-m", f"{machine.memory_mib}M"),
-        *("-kernel", str(image.kernel), "-initrd", str(image.initramfs)),
-        *("-append", arguments.strip()),
+        *("-smp", str(machine.processors or machine.queues)),
+        *("-m", f"{machine.memory_mib}M"),
         *("-chardev", f"file,id=console,path={console}", "-serial", "chardev:console"),
         *("-chardev", "stdio,id=shell,signal=off", "-serial", "chardev:shell"),
         *("-chardev", f"socket,id=monitor,fd={monitor}"),
         *("-mon", "chardev=monitor,mode=control"),
+        *_kernel(image, machine),
         *_memory(machine),
         *_network(machine),
+        *(("-S",) if machine.halted else ()),
     ]
+
+
+def kernel_arguments(machine: Machine) -> str:
+    """What the guest's kernel has to be told, whoever loads it."""
+    return f"{_KERNEL_ARGUMENTS} vswitch.address={machine.address}"
+
+
+def _kernel(image: Image, machine: Machine) -> Iterator[str]:
+    if not machine.from_network:
+        yield from ("-kernel", str(image.kernel), "-initrd", str(image.initramfs))
+        yield from ("-append", kernel_arguments(machine))
 
 
 def _memory(machine: Machine) -> Iterator[str]:
@@ -219,11 +267,23 @@ def _network(machine: Machine) -> Iterator[str]:
     if machine.socket_path is None:
         return
     role = "server=on,wait=off" if machine.server else "reconnect=1"
-    queues = f",queues={machine.queues}" if machine.queues > 1 else ""
-    extra = ",mq=on" if machine.queues > 1 else ""
-    extra += ",packed=on" if machine.packed else ""
-    extra += "" if machine.offloads else _NO_OFFLOADS
-    device = f"virtio-net-pci,netdev=net0,mac={machine.mac},vectors=0,romfile={extra}"
     yield from ("-chardev", f"socket,id=port,path={machine.socket_path},{role}")
-    yield from ("-netdev", f"vhost-user,id=net0,chardev=port{queues}")
-    yield from ("-device", device)
+    yield from ("-netdev", _backend(machine))
+    yield from ("-device", _device(machine))
+
+
+def _backend(machine: Machine) -> str:
+    queues = f",queues={machine.queues}" if machine.queues > 1 else ""
+    return f"vhost-user,id=net0,chardev=port{queues}"
+
+
+def _device(machine: Machine) -> str:
+    extra = (
+        "bootindex=0" if machine.from_network else "romfile=",
+        "mq=on" if machine.queues > 1 else "",
+        "packed=on" if machine.packed else "",
+        "" if machine.offloads else _NO_OFFLOADS,
+        machine.device,
+    )
+    device = f"virtio-net-pci,id=nic0,netdev=net0,mac={machine.mac},vectors=0"
+    return ",".join((device, *filter(None, extra)))

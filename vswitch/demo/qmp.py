@@ -2,6 +2,7 @@
 
 import json
 import socket
+from typing import Any
 
 from vswitch.errors import VswitchError
 
@@ -19,6 +20,7 @@ class Qmp:
         self._sock = sock
         self._lines = sock.makefile("rb")
         self._greeted = False
+        self._events: list[dict[str, Any]] = []
 
     def execute(self, command: str, **arguments: object) -> object:
         """Run one command and return its result.
@@ -33,17 +35,52 @@ class Qmp:
         request = {"execute": command, "arguments": arguments}
         self._sock.sendall(json.dumps(request).encode() + b"\n")
         while True:
-            line = self._lines.readline()
-            if not line:
-                message = "QEMU closed its monitor"
-                raise ConnectionError(message)
-            answer = json.loads(line)
+            answer = self._read()
             if "error" in answer:
                 said = answer["error"]["desc"]
                 message = f"cannot run QMP command {command}: QEMU said {said!r}"
                 raise VswitchError(message)
             if "return" in answer:  # else the greeting or an event
                 return answer["return"]
+
+    def human(self, line: str) -> None:
+        """Run a command of the human monitor: those take options as QEMU's own line does.
+
+        Raises:
+            VswitchError: It said anything, which is what commands that fail do.
+            OSError: QEMU is gone or does not answer.
+        """
+        said = self.execute("human-monitor-command", **{"command-line": line})
+        if said:
+            message = f"cannot run monitor command {line!r}: QEMU said {said!r}"
+            raise VswitchError(message)
+
+    def wait_for_event(self, name: str, **data: object) -> None:
+        """Return when an event came, now or since the last one of these calls.
+
+        Args:
+            name: The event's name.
+            data: What it has to say, among other things.
+
+        Raises:
+            OSError: It does not come, or QEMU is gone.
+        """
+        while True:
+            events, self._events = self._events, []
+            for event in events:
+                if event["event"] == name and data.items() <= event["data"].items():
+                    return
+            self._read()
+
+    def _read(self) -> dict[str, Any]:
+        line = self._lines.readline()
+        if not line:
+            text = "QEMU closed its monitor"
+            raise ConnectionError(text)
+        message: dict[str, Any] = json.loads(line)
+        if "event" in message:
+            self._events.append(message)
+        return message
 
     def close(self) -> None:
         """Close the connection; QEMU goes on."""
