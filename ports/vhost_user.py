@@ -43,8 +43,8 @@ from ports.errors import ProtocolError, errno_name
 from ports.host import Host, Mapping, State
 from ports.vhost import virtio
 from ports.vhost.channel import Channel, close_fds
-from ports.vhost.features import RECEIVER, feature_names
-from ports.vhost.messages import Message
+from ports.vhost.features import OFFERED_PROTOCOL, RECEIVER, feature_names
+from ports.vhost.messages import PF_CONFIG, Message
 from ports.vhost.session import (
     NOT_SHARED,
     BaseReply,
@@ -101,7 +101,15 @@ class VhostUserPort:
     kind = "vhost-user"
 
     def __init__(
-        self, host: Host, slot: int, name: str, path: Path, mode: str, pairs: int
+        self,
+        host: Host,
+        slot: int,
+        name: str,
+        path: Path,
+        mode: str,
+        pairs: int,
+        *,
+        config_space: bool = False,
     ) -> None:
         self.name = name
         self.path = path
@@ -109,6 +117,7 @@ class VhostUserPort:
         self._host = host
         self._slot = slot
         self._pairs = pairs
+        self._offered_protocol = OFFERED_PROTOCOL | (PF_CONFIG if config_space else 0)
         self._listener: socket.socket | None = None
         self._tasks: list[asyncio.Task[None]] = []
         self._session: Session | None = None
@@ -238,7 +247,9 @@ class VhostUserPort:
     async def _serve(self, connection: socket.socket) -> None:
         """Serve one front-end until it goes, or breaks the protocol."""
         channel = Channel(connection)
-        session = self._session = Session(self._pairs)
+        session = self._session = Session(
+            self._pairs, offered_protocol=self._offered_protocol
+        )
         self._features_since = 0.0
         self._ran.clear()
         self._log("connected")

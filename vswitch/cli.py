@@ -197,6 +197,13 @@ def add_port(
     max_addresses: Annotated[
         int | None, typer.Option(help="Most addresses learned behind it.")
     ] = None,
+    config_space: Annotated[
+        bool,
+        typer.Option(
+            "--config-space",
+            help="For a front-end that asks us what the device is like; QEMU does not.",
+        ),
+    ] = False,
     libvirt: Annotated[
         bool, typer.Option("--libvirt", help="Print XML instead of QEMU arguments.")
     ] = False,
@@ -213,6 +220,7 @@ def add_port(
             mode=mode,
             queues=queues,
             max_addresses=max_addresses,
+            config_space=config_space,
         )
     lines = ""
     if leads_to.kind == endpoint.VHOST:

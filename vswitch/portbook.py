@@ -114,7 +114,8 @@ class PortBook:
         """Add a port; False with it where it was there already, just so.
 
         Args:
-            wanted: endpoint and name; mode, queues and max_addresses may be left out.
+            wanted: endpoint and name; mode, queues, max_addresses and config_space may
+                be left out.
 
         Raises:
             VswitchError: The name or the endpoint is taken, or it cannot be opened.
@@ -185,8 +186,15 @@ class PortBook:
         if uplink:
             check_name(leads_to.rest)
             return TapPort(self._workers, slot, name, leads_to.rest)
-        path, mode = Path(leads_to.rest), wanted["mode"]
-        return VhostUserPort(self._workers, slot, name, path, mode, pairs)
+        return VhostUserPort(
+            self._workers,
+            slot,
+            name,
+            Path(leads_to.rest),
+            wanted["mode"],
+            pairs,
+            config_space=bool(wanted.get("config_space")),
+        )
 
     def _free_slot(self) -> int:
         taken = set(self.slots.values())

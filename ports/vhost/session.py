@@ -42,6 +42,7 @@ from ports.base import MAX_REGIONS, NO_FD
 from ports.errors import ProtocolError
 from ports.vhost import virtio
 from ports.vhost.channel import close_fds
+from ports.vhost.device_config import DeviceConfig
 from ports.vhost.features import (
     OFFERED,
     OFFERED_PROTOCOL,
@@ -53,6 +54,7 @@ from ports.vhost.messages import (
     RULES,
     U64,
     VRING_F_LOG,
+    Config,
     Log,
     MemTable,
     Message,
@@ -162,6 +164,7 @@ class Session:
         self.rings = tuple(WantedRing(index) for index in range(2 * max_pairs))
         self.mtu: int | None = None
         self.status = 0
+        self._config = DeviceConfig(max_pairs)
         self._log: WantedRegion | None = None
         self._status_given = False
         self._announced: list[bytes] = []
@@ -363,6 +366,12 @@ class Session:
         self.status = payload.value
         self._status_given = True
 
+    def _get_config(self, payload: Config, _fds: list[int]) -> Config:
+        return self._config.read(payload)
+
+    def _set_config(self, payload: Config, _fds: list[int]) -> None:
+        self._config.write(payload)
+
     # --- migration ---
 
     def _set_log_base(self, payload: Log, fds: list[int]) -> Log:
@@ -544,6 +553,8 @@ _HANDLERS: Final[dict[int, _Handler]] = {
     Request.SET_PROTOCOL_FEATURES: Session._set_protocol_features,
     Request.GET_QUEUE_NUM: Session._get_queue_num,
     Request.SET_VRING_ENABLE: Session._set_vring_enable,
+    Request.GET_CONFIG: Session._get_config,
+    Request.SET_CONFIG: Session._set_config,
     Request.SEND_RARP: Session._send_rarp,
     Request.NET_SET_MTU: Session._net_set_mtu,
     Request.RESET_DEVICE: Session._reset_device,

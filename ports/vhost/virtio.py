@@ -83,6 +83,22 @@ NET_HDR: Final = np.dtype(
 NET_HDR_LEN: Final = NET_HDR.itemsize
 NET_HDR_LEN_LEGACY: Final = NET_HDR_LEN - 2
 
+# struct virtio_net_config, virtio 1.2 §5.1.4; each field means something with its
+# feature bit only.
+NET_CONFIG: Final = np.dtype(
+    [
+        ("mac", "u1", (6,)),
+        ("status", "<u2"),
+        ("max_virtqueue_pairs", "<u2"),
+        ("mtu", "<u2"),
+        ("speed", "<u4"),  # Mbit/s
+        ("duplex", "u1"),
+    ]
+)
+NET_S_LINK_UP: Final = 1
+NET_SPEED_UNKNOWN: Final = 0xFFFFFFFF
+NET_DUPLEX_UNKNOWN: Final = 0xFF
+
 NET_HDR_F_NEEDS_CSUM: Final = 1
 NET_HDR_GSO_NONE: Final = 0
 NET_HDR_GSO_TCPV4: Final = 1

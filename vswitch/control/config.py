@@ -41,6 +41,7 @@ _PORT: Final[dict[str, type]] = {
     "mode": str,
     "queues": int,
     "max_addresses": int,
+    "config_space": bool,
 }
 _KINDS: Final = {
     int: "a whole number",

@@ -1,6 +1,7 @@
 import dataclasses
 import itertools
 import os
+import struct
 import tempfile
 
 import pytest
@@ -13,9 +14,11 @@ from ports.vhost.channel import close_fds
 from ports.vhost.features import OFFERED, OFFERED_PROTOCOL
 from ports.vhost.messages import (
     HEADER_LEN,
+    PF_CONFIG,
     PF_REPLY_ACK,
     RULES,
     U64,
+    Config,
     Log,
     MemoryRegion,
     MemTable,
@@ -1109,3 +1112,39 @@ def test_reset_keeps_connection_features_and_memory(front_end, session):
     assert not any(ring.started or ring.enabled for ring in session.rings)
     assert (session.status, len(session.memory)) == (0, 2)
     assert session.features == FEATURES
+
+
+# --- configuration space ---
+
+
+@pytest.fixture
+def configured():
+    front_end = FrontEnd(Session(2, offered_protocol=OFFERED_PROTOCOL | PF_CONFIG))
+    yield front_end
+    front_end.close()
+
+
+def test_configuration_space_says_what_the_device_is_like(configured):
+    reply = configured.ask(Request.GET_CONFIG, Config(0, 0, bytes(64)))
+    # mac, link up, two pairs, MTU 1500, speed and duplex unknown; zeroes behind.
+    fields = bytes(6), 1, 2, 1500, 0xFFFF_FFFF, 0xFF
+    assert reply.data == struct.pack("<6sHHHIB", *fields).ljust(64, b"\0")
+    part = configured.ask(Request.GET_CONFIG, Config(6, 0, bytes(4)))
+    assert (part.offset, part.data) == (6, reply.data[6:10])
+
+
+def test_only_the_address_may_be_written(configured):
+    mac = bytes.fromhex("525400123456")
+    assert not configured.send(Request.SET_CONFIG, Config(0, 0, mac)).close
+    assert configured.ask(Request.GET_CONFIG, Config(0, 0, bytes(6))).data == mac
+    ended(configured.send(Request.SET_CONFIG, Config(2, 0, mac)), "cannot be written")
+
+
+@pytest.mark.parametrize(("offset", "size"), [(0, 257), (250, 7), (0, 0), (256, 1)])
+def test_bytes_outside_the_configuration_space_are_refused(configured, offset, size):
+    piece = Config(offset, 0, bytes(size))
+    ended(configured.send(Request.GET_CONFIG, piece), f"{size} bytes from {offset}")
+
+
+def test_configuration_space_is_not_offered_unless_told(front_end):
+    ended(front_end.send(Request.GET_CONFIG, Config(0, 0, bytes(6))), "not offered")
