@@ -46,6 +46,7 @@ class Machine(NamedTuple):
         processors: How many; 0: as many as queue pairs. Linux uses no more pairs than
             that until it is told to.
         memory_mib: Size of the guest.
+        slots: Memory modules that can be plugged into the running guest.
         shared: Whether the switch can map the guest's memory; False is the mistake
             that everybody makes once.
         server: QEMU listens and the switch connects.
@@ -53,6 +54,7 @@ class Machine(NamedTuple):
         offloads: The guest is offered checksum and segmentation offloads.
         device: More properties of the network device, as QEMU's command line has them.
         halted: The virtual processors wait for the first `resume`.
+        incoming: It does not boot but waits for a guest that moves here.
         from_network: Boot with iPXE, which drives the network device before Linux does,
             instead of straight from the image.
     """
@@ -64,12 +66,14 @@ class Machine(NamedTuple):
     queues: int = 1
     processors: int = 0
     memory_mib: int = 192
+    slots: int = 0
     shared: bool = True
     server: bool = False
     packed: bool = False
     offloads: bool = True
     device: str = ""
     halted: bool = False
+    incoming: bool = False
     from_network: bool = False
 
 
@@ -176,6 +180,58 @@ class QemuGuest:
         self.machine = self.machine._replace(device=device)
         self._qmp.human(f"device_add {_device(self.machine)}")
 
+    def plug_memory(self, name: str, size_mib: int) -> None:
+        """Put a memory module into the running guest, which takes it into use.
+
+        Raises:
+            VswitchError: There is no slot for it.
+        """
+        backend = {"qom-type": "memory-backend-memfd", "id": f"{name}-memory"}
+        self._qmp.execute("object-add", **backend, size=size_mib << 20, share=True)
+        dimm = {"driver": "pc-dimm", "id": name, "memdev": backend["id"]}
+        self._qmp.execute("device_add", **dimm)
+
+    def unplug_memory(self, name: str) -> None:
+        """Take a module out, once the guest has let go of it."""
+        self._qmp.execute("device_del", id=name)
+        self._qmp.wait_for_event("DEVICE_DELETED", device=name)
+        self._qmp.execute("object-del", id=f"{name}-memory")
+
+    def begin_move(self, target: Self, path: Path, bytes_per_s: int = 0) -> None:
+        """Begin to migrate the running guest into `target`, by a socket at `path`.
+
+        Args:
+            target: A machine like this one that was started as `incoming`.
+            path: Of the socket between the two QEMUs, made here.
+            bytes_per_s: How fast memory may go over it; 0: as fast as it can.
+        """
+        events = [{"capability": "events", "state": True}]
+        self._qmp.execute("migrate-set-capabilities", capabilities=events)
+        self._qmp.execute("migrate-set-parameters", **{"max-bandwidth": bytes_per_s})
+        target._qmp.execute("migrate-incoming", uri=f"unix:{path}")
+        self._qmp.execute("migrate", uri=f"unix:{path}")
+        self._qmp.wait_for_event("MIGRATION", status="active")
+
+    def end_move(self) -> float:
+        """Wait until the guest runs in its target; how long it stood still, seconds.
+
+        Raises:
+            VswitchError: It did not get there, and why.
+        """
+        status = ""
+        while status not in {"completed", "failed"}:
+            status = self._qmp.wait_for_event("MIGRATION")["status"]
+        facts = self._qmp.execute("query-migrate")
+        if status != "completed":
+            text = f"guest {self.machine.name}: cannot move: {status}"
+            raise VswitchError(f"{text}: {facts.get('error-desc', 'QEMU did not say')}")
+        return float(facts["downtime"]) / 1000
+
+    def cancel_move(self) -> None:
+        """Let the guest stay where it is."""
+        self._qmp.execute("migrate_cancel")
+        self._qmp.wait_for_event("MIGRATION", status="cancelled")
+
     def kill(self) -> None:
         """End QEMU without warning."""
         self._process.kill()
@@ -233,7 +289,7 @@ def _command(image: Image, machine: Machine, console: Path, monitor: int) -> lis
     return [
         *(QEMU, "-accel", "tcg", "-nodefaults", "-no-user-config", "-nographic"),
         *("-smp", str(machine.processors or machine.queues)),
-        *("-m", f"{machine.memory_mib}M"),
+        *("-m", _size(machine)),
         *("-chardev", f"file,id=console,path={console}", "-serial", "chardev:console"),
         *("-chardev", "stdio,id=shell,signal=off", "-serial", "chardev:shell"),
         *("-chardev", f"socket,id=monitor,fd={monitor}"),
@@ -242,7 +298,13 @@ def _command(image: Image, machine: Machine, console: Path, monitor: int) -> lis
         *_memory(machine),
         *_network(machine),
         *(("-S",) if machine.halted else ()),
+        *(("-incoming", "defer") if machine.incoming else ()),
     ]
+
+
+def _size(machine: Machine) -> str:
+    size = f"{machine.memory_mib}M"
+    return f"{size},slots={machine.slots},maxmem=2G" if machine.slots else size
 
 
 def kernel_arguments(machine: Machine) -> str:

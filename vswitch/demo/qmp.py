@@ -22,7 +22,7 @@ class Qmp:
         self._greeted = False
         self._events: list[dict[str, Any]] = []
 
-    def execute(self, command: str, **arguments: object) -> object:
+    def execute(self, command: str, **arguments: object) -> Any:  # noqa: ANN401
         """Run one command and return its result.
 
         Raises:
@@ -55,8 +55,8 @@ class Qmp:
             message = f"cannot run monitor command {line!r}: QEMU said {said!r}"
             raise VswitchError(message)
 
-    def wait_for_event(self, name: str, **data: object) -> None:
-        """Return when an event came, now or since the last one of these calls.
+    def wait_for_event(self, name: str, **data: object) -> dict[str, Any]:
+        """Return what an event says when it comes, or came since the last of these calls.
 
         Args:
             name: The event's name.
@@ -66,10 +66,11 @@ class Qmp:
             OSError: It does not come, or QEMU is gone.
         """
         while True:
-            events, self._events = self._events, []
-            for event in events:
-                if event["event"] == name and data.items() <= event["data"].items():
-                    return
+            while self._events:
+                event = self._events.pop(0)
+                said: dict[str, Any] = event.get("data", {})
+                if event["event"] == name and data.items() <= said.items():
+                    return said
             self._read()
 
     def _read(self) -> dict[str, Any]:
