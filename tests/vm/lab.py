@@ -19,7 +19,7 @@ class Lab(Switch):
         self._owned.close()
         super().close()
 
-    def boot(self, *machines):
+    def boot(self, *machines, wait=True):
         """Start guests, all at once; a port is added for each that has none yet."""
         known = [port["name"] for port in self.ask("show")["ports"]]
         guests = []
@@ -31,7 +31,8 @@ class Lab(Switch):
             guest = QemuGuest(self._image, machine, self.directory)
             guests.append(self._owned.enter_context(guest))
         for guest in guests:
-            guest.wait_ready()
+            if wait:
+                guest.wait_ready()
         return guests
 
     def machine(self, number, **options):
