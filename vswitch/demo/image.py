@@ -35,7 +35,8 @@ _TOOL_FILES: Final = (
 _MODULES: Final = ("virtio_pci", "virtio_net")
 _FOLDERS: Final = ("bin", "dev", "lib", "lib64", "proc", "sys", "tmp", "www")
 
-# One line of the harness is one command; its status follows on a line of its own. The
+# One line of the harness is one command; its status follows on a line of its own. `head`
+# reads it, as busybox's `read` forgets half a line when a child ends meanwhile. The
 # address comes with the kernel's command line, so all guests boot the same image.
 _INIT: Final = """\
 #!/bin/busybox sh
@@ -55,7 +56,7 @@ fi
 exec </dev/ttyS1 >/dev/ttyS1 2>&1
 stty raw -echo
 echo '@@ ready'
-while read -r line; do
+while line=$(head -n 1); do
     eval "$line" </dev/null
     printf '\\n@@ status %d\\n' $?
 done

@@ -49,6 +49,8 @@ class Machine(NamedTuple):
         slots: Memory modules that can be plugged into the running guest.
         shared: Whether the switch can map the guest's memory; False is the mistake
             that everybody makes once.
+        memory_file: Where the guest's memory is, for two QEMUs to share it while the
+            guest moves from one to the other; None: in no file with a name.
         server: QEMU listens and the switch connects.
         packed: The guest is offered packed rings.
         offloads: The guest is offered checksum and segmentation offloads.
@@ -68,6 +70,7 @@ class Machine(NamedTuple):
     memory_mib: int = 192
     slots: int = 0
     shared: bool = True
+    memory_file: Path | None = None
     server: bool = False
     packed: bool = False
     offloads: bool = True
@@ -200,13 +203,17 @@ class QemuGuest:
     def begin_move(self, target: Self, path: Path, bytes_per_s: int = 0) -> None:
         """Begin to migrate the running guest into `target`, by a socket at `path`.
 
+        Memory that both have in one file is not copied.
+
         Args:
             target: A machine like this one that was started as `incoming`.
             path: Of the socket between the two QEMUs, made here.
             bytes_per_s: How fast memory may go over it; 0: as fast as it can.
         """
-        events = [{"capability": "events", "state": True}]
-        self._qmp.execute("migrate-set-capabilities", capabilities=events)
+        wanted = {"events": True, "x-ignore-shared": bool(self.machine.memory_file)}
+        for qmp in (self._qmp, target._qmp):
+            states = [{"capability": name, "state": on} for name, on in wanted.items()]
+            qmp.execute("migrate-set-capabilities", capabilities=states)
         self._qmp.execute("migrate-set-parameters", **{"max-bandwidth": bytes_per_s})
         target._qmp.execute("migrate-incoming", uri=f"unix:{path}")
         self._qmp.execute("migrate", uri=f"unix:{path}")
@@ -320,8 +327,12 @@ def _kernel(image: Image, machine: Machine) -> Iterator[str]:
 
 def _memory(machine: Machine) -> Iterator[str]:
     if machine.shared:
+        file = machine.memory_file
+        kind = (
+            f"memory-backend-file,mem-path={file}" if file else "memory-backend-memfd"
+        )
         size = f"{machine.memory_mib}M"
-        yield from ("-object", f"memory-backend-memfd,id=mem,size={size},share=on")
+        yield from ("-object", f"{kind},id=mem,size={size},share=on")
         yield from ("-machine", "pc,memory-backend=mem")
 
 
