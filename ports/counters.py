@@ -34,6 +34,7 @@ NAMES: Final = (
     "tx_drop_lock_busy",  # another worker held the ring for too long
     "tx_drop_link_down",  # the tap interface is down or gone
     "tx_drop_bad_offload",  # cannot be segmented: its bytes are not what its header says
+    "tx_drop_gso_limit",  # a burst would be cut into too many segments; see `offload`
     # A frame that had to be segmented for this port is one copy but many tx_*: copies =
     # tx_frames + tx_drop_* - tx_gso_segments + tx_gso_split.
     "tx_gso_split",  # frames that were segmented

@@ -89,6 +89,7 @@ def _transmit_mixed(
     picked = int(ctx["picked"])
     begin = 0
     arrived = 0
+    room = offload.SEGMENTS_PER_BURST
     for k in range(n):
         frame = frame_at(int(ctx["burst"]), load_u64(picked + 8 * k))
         if offload.passes(frame, able):
@@ -96,7 +97,14 @@ def _transmit_mixed(
         ctx["picked"] = picked + 8 * begin
         if k > begin:
             arrived += _transmit_run(ctx, port, egress, worker, k - begin, tally)
-        arrived += _transmit_lowered(ctx, port, egress, worker, frame, tally)
+        if room <= 0 and offload.is_cut(frame):
+            tally["tx_drop_gso_limit"] += 1
+        else:
+            came, made = _transmit_lowered(
+                ctx, port, egress, worker, frame, room, tally
+            )
+            arrived += came
+            room -= made
         begin = k + 1
     ctx["picked"] = picked + 8 * begin
     if n > begin:
@@ -107,9 +115,20 @@ def _transmit_mixed(
 
 @jit
 def _transmit_lowered(
-    ctx: Record, port: Record, egress: int, worker: int, frame: Record, tally: Record
-) -> int:
-    """Send what a frame is made into for a port that cannot take it as it is."""
+    ctx: Record,
+    port: Record,
+    egress: int,
+    worker: int,
+    frame: Record,
+    room: int,
+    tally: Record,
+) -> tuple[int, int]:
+    """Send what a frame is made into for a port that cannot take it as it is.
+
+    Returns:
+        How many frames arrived, and how many segments were made: `room`, rounded up to
+        a burst, at most.
+    """
     ctx["picked"] = int(ctx["lowered_rows"])
     made = 0
     arrived = 0
@@ -124,14 +143,19 @@ def _transmit_lowered(
         # Where nothing arrives any more, what is left is not worth cutting.
         if at == 0 or came == 0:
             break
+        if made >= room:
+            tally["tx_drop_gso_limit"] += 1  # what is left counts as one segment
+            made += 1
+            break
     if made == 0:
         tally["tx_drop_bad_offload"] += 1
-    elif offload.is_cut(frame):
+    elif not offload.is_cut(frame):
+        tally["tx_csum_completed"] += 1
+        return arrived, 0
+    else:
         tally["tx_gso_split"] += 1
         tally["tx_gso_segments"] += made
-    else:
-        tally["tx_csum_completed"] += 1
-    return arrived
+    return arrived, made
 
 
 @jit

@@ -31,14 +31,21 @@ from ports.burst import MAX_FRAME
 from ports.errors import PortError
 from ports.host import Host, State
 from ports.links import LinkMonitor, bring_up
-from ports.vhost.features import RECEIVER, SENDER, feature_names
+from ports.vhost.features import (
+    RECEIVER,
+    RECEIVER_USO,
+    SENDER,
+    SENDER_USO,
+    feature_names,
+)
 from ports.vhost.virtio import NET_HDR_LEN
 
 # linux/if_tun.h
 _TUNSETIFF: Final = 0x400454CA
 _TUNSETOFFLOAD: Final = 0x400454D0
 _TUNSETVNETHDRSZ: Final = 0x400454D8
-_TUN_F_ALL: Final = 0x0F  # checksums, TCP segments over IPv4 and IPv6, ECN
+_TUN_F_TCP: Final = 0x0F  # checksums, TCP segments over IPv4 and IPv6, ECN
+_TUN_F_UDP: Final = 0x60  # UDP segments over IPv4 and IPv6, since Linux 6.2
 _IFF_VNET_HDR: Final = 0x4000
 _IFF_TAP: Final = 0x0002
 _IFF_MULTI_QUEUE: Final = 0x0100
@@ -71,6 +78,7 @@ class TapPort:
         self._fd = NO_FD
         self._number = NO_FD
         self._link = "down"
+        self._receiver, self._sender = RECEIVER, SENDER
         self._monitor = LinkMonitor(interface, self._on_link)
 
     async def open(self) -> None:
@@ -79,19 +87,22 @@ class TapPort:
         Raises:
             PortError: It is no tap, is taken, or we lack the right.
         """
-        self._fd = attach(self.interface)
+        self._fd, segments_udp = attach(self.interface)
+        if not segments_udp:
+            self._receiver &= ~RECEIVER_USO
+            self._sender &= ~SENDER_USO
         await bring_up(self.interface)
         await self._monitor.start()
         (self._number,) = await self._host.install([self._fd])
         record = self._host.ports[self._slot]
         record["kind"], record["fd"] = KIND_TAP, self._number
         record["max_frame"], record["pairs"] = MAX_FRAME, 1
-        record["offloads"] = RECEIVER
+        record["offloads"] = self._receiver
         for index in (TX, RX):
             ring = self._ring(index)
             ring["owner"] = self._host.owner_for(self._slot, 0)
             ring["port"], ring["enabled"] = self._slot, 1
-            ring["header_len"], ring["features"] = NET_HDR_LEN, SENDER
+            ring["header_len"], ring["features"] = NET_HDR_LEN, self._sender
             ring["shared"], ring["lock"] = 0, 0
             ring["call_fd"] = ring["err_fd"] = NO_FD
             ring["kick_fd"] = self._number if index == RX else NO_FD
@@ -131,7 +142,7 @@ class TapPort:
 
     def features(self) -> list[str]:
         """What the kernel does and lets us do."""
-        return feature_names(RECEIVER | SENDER)
+        return feature_names(self._receiver | self._sender)
 
     def queues(self) -> dict[str, int]:
         """A tap has one pair."""
@@ -158,8 +169,11 @@ def check_name(interface: str) -> None:
         raise PortError(f"{message} (use letters, digits, - and _)")
 
 
-def attach(interface: str) -> int:
+def attach(interface: str) -> tuple[int, bool]:
     """Open a tap, non-blocking, with virtio-net headers; made if it is absent.
+
+    Returns:
+        Its descriptor, and whether the kernel has UDP segments come and go by it.
 
     Raises:
         PortError: It is no tap, is taken, or we lack the right.
@@ -171,7 +185,7 @@ def attach(interface: str) -> int:
         fd = os.open(_DEVICE, os.O_RDWR | os.O_NONBLOCK | os.O_CLOEXEC)
         _choose(fd, interface)
         fcntl.ioctl(fd, _TUNSETVNETHDRSZ, struct.pack("i", NET_HDR_LEN))
-        fcntl.ioctl(fd, _TUNSETOFFLOAD, _TUN_F_ALL)
+        segments_udp = take_offloads(fd)
     except OSError as error:
         if fd >= 0:
             os.close(fd)
@@ -180,7 +194,16 @@ def attach(interface: str) -> int:
         name = errno.errorcode.get(number)
         message = f"cannot {verb} tap {interface}: {name}: {cause}"
         raise PortError(message) from error
-    return fd
+    return fd, segments_udp
+
+
+def take_offloads(fd: int, more: int = _TUN_F_UDP) -> bool:
+    """Tell the kernel what it may leave to us: `more`, too, if it knows that."""
+    with contextlib.suppress(OSError):  # it does not
+        fcntl.ioctl(fd, _TUNSETOFFLOAD, _TUN_F_TCP | more)
+        return True
+    fcntl.ioctl(fd, _TUNSETOFFLOAD, _TUN_F_TCP)
+    return False
 
 
 def detach(fd: int) -> None:

@@ -102,7 +102,9 @@ NET_DUPLEX_UNKNOWN: Final = 0xFF
 NET_HDR_F_NEEDS_CSUM: Final = 1
 NET_HDR_GSO_NONE: Final = 0
 NET_HDR_GSO_TCPV4: Final = 1
+NET_HDR_GSO_UDP: Final = 3  # to be fragmented (UFO)
 NET_HDR_GSO_TCPV6: Final = 4
+NET_HDR_GSO_UDP_L4: Final = 5  # to be segmented (USO)
 NET_HDR_GSO_ECN: Final = 0x80
 
 # Feature bits, as masks. virtio 1.2 §5.1.3, §6; vhost-user for the two vhost ones. GUEST
@@ -127,3 +129,6 @@ F_PROTOCOL_FEATURES: Final = 1 << 30  # vhost-user
 F_VERSION_1: Final = 1 << 32
 F_RING_PACKED: Final = 1 << 34
 F_IN_ORDER: Final = 1 << 35
+F_GUEST_USO4: Final = 1 << 54
+F_GUEST_USO6: Final = 1 << 55
+F_HOST_USO: Final = 1 << 56

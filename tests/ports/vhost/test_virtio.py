@@ -62,6 +62,9 @@ def test_net_header_is_as_in_virtio_5_1_6():
         (virtio.F_EVENT_IDX, 29, "event_idx"),
         (virtio.F_PROTOCOL_FEATURES, 30, "protocol_features"),
         (virtio.F_VERSION_1, 32, "version_1"),
+        (virtio.F_GUEST_USO4, 54, "guest_uso4"),
+        (virtio.F_GUEST_USO6, 55, "guest_uso6"),
+        (virtio.F_HOST_USO, 56, "host_uso"),
     ],
 )
 def test_feature_bits_and_their_names(mask, bit, name):
