@@ -11,13 +11,23 @@ from tests.vm.lab import Lab
 from vswitch.demo import image, qemu
 
 
+def prepare_image(*, tools=False):
+    requirements.require_command(qemu.QEMU, "qemu-system-x86")
+    if image.cached(tools=tools) is None:
+        requirements.require_command("apt-get", "apt")
+    return image.prepare(tools=tools)
+
+
 @pytest.fixture(scope="session")
 def guest_image():
     """Debian's kernel and busybox; the first time they are downloaded."""
-    requirements.require_command(qemu.QEMU, "qemu-system-x86")
-    if image.cached() is None:
-        requirements.require_command("apt-get", "apt")
-    return image.prepare()
+    return prepare_image()
+
+
+@pytest.fixture(scope="session")
+def tools_image():
+    """The same with Python, iperf3 and VLANs."""
+    return prepare_image(tools=True)
 
 
 @pytest.fixture

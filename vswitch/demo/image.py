@@ -2,7 +2,8 @@
 
 Debian's cloud kernel and its static busybox, fetched with `apt-get download` and unpacked
 in a cache directory: nothing is installed, no root is needed, and the second time nothing
-is fetched. The guest's shell listens on its second serial line (`shell.py`); the first
+is fetched. Tests and measurements have an image of their own, with Python, iperf3 and
+VLANs as well. The guest's shell listens on its second serial line (`shell.py`); the first
 is the kernel's log.
 """
 
@@ -23,17 +24,26 @@ from vswitch.errors import VswitchError
 
 _KERNEL: Final = "linux-image-cloud-amd64"
 _BUSYBOX: Final = "busybox-static"
-# ethtool, which busybox has not, and what it needs: packages; files and their folders.
-_TOOLS: Final = ("ethtool", "libmnl0", "libc6")
-_TOOL_FILES: Final = (
-    ("sbin/ethtool", "bin"),
-    ("ld-linux-x86-64.so.2", "lib64"),
-    ("libc.so.6", "lib"),
-    ("libm.so.6", "lib"),
-    ("libmnl.so.0", "lib"),
+# ethtool, which busybox has not: packages, and what of them goes into the image.
+_PACKAGES: Final = (_BUSYBOX, "ethtool", "libmnl0", "libc6")
+_FILES: Final = (
+    *("sbin/ethtool", "lib64/*", "usr/lib/x86_64-linux-gnu/libmnl.so.*"),
+    *("lib/x86_64-linux-gnu/ld-linux*", "lib/x86_64-linux-gnu/lib[cm].so.6"),
 )
 _MODULES: Final = ("virtio_pci", "virtio_net")
-_FOLDERS: Final = ("bin", "dev", "lib", "lib64", "proc", "sys", "tmp", "www")
+_FOLDERS: Final = ("bin", "dev", "proc", "sys", "tmp", "www")
+
+# What the image with tools has besides. Of Debian 12's packages these are those that the
+# tools run with, without what only their installation needs.
+_MORE_PACKAGES: Final = (
+    *("python3.11-minimal", "libpython3.11-minimal", "libexpat1", "zlib1g"),
+    *("iperf3", "libiperf0", "libsctp1", "libssl3"),
+)
+_MORE_FILES: Final = (
+    *("usr/bin/python3*", "usr/bin/iperf3", "usr/lib/python3*/**/*.py"),
+    *("lib/x86_64-linux-gnu/*.so*", "usr/lib/x86_64-linux-gnu/*.so*"),
+)
+_MORE_MODULES: Final = ("8021q",)
 
 # One line of the harness is one command; its status follows on a line of its own. `head`
 # reads it, as busybox's `read` forgets half a line when a child ends meanwhile. The
@@ -41,7 +51,7 @@ _FOLDERS: Final = ("bin", "dev", "lib", "lib64", "proc", "sys", "tmp", "www")
 _INIT: Final = """\
 #!/bin/busybox sh
 /bin/busybox --install -s /bin
-export PATH=/bin HOME=/ TERM=dumb
+export PATH=/bin:/sbin:/usr/bin HOME=/ TERM=dumb
 mount -t proc proc /proc
 mount -t sysfs sysfs /sys
 mount -t devtmpfs devtmpfs /dev
@@ -80,32 +90,32 @@ def cache_dir() -> Path:
     return Path(home) / "vswitch"
 
 
-def cached() -> Image | None:
-    """The image if it has been made before."""
-    folder = _folder()
+def cached(*, tools: bool = False) -> Image | None:
+    """The image, or the one with tools, if it has been made before."""
+    folder = _folder(tools=tools)
     image = Image(folder / "vmlinuz", folder / "initramfs.cpio")
     return image if all(path.is_file() for path in image) else None
 
 
-def prepare() -> Image:
-    """Fetch and build the image unless it is there.
+def prepare(*, tools: bool = False) -> Image:
+    """Fetch and build the image, or the one with tools, unless it is there.
 
     Raises:
         VswitchError: There is no apt-get, or it does not know the packages.
     """
-    image = cached()
+    image = cached(tools=tools)
     if image is not None:
         return image
-    folder = _folder()
+    folder = _folder(tools=tools)
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="image-", dir=folder.parent) as name:
         work = Path(name)
         built = work / "built"
         built.mkdir()
-        _build(work, built)
+        _build(work, built, tools=tools)
         with suppress(OSError):  # another process was faster: its image is as good
             built.rename(folder)
-    image = cached()
+    image = cached(tools=tools)
     if image is None:
         text = (
             f"cannot keep the guest image in {folder}: it is not there after building"
@@ -114,15 +124,31 @@ def prepare() -> Image:
     return image
 
 
-def _folder() -> Path:
-    packages, files = (_KERNEL, _BUSYBOX, *_TOOLS), (_TOOL_FILES, _MODULES)
-    recipe = repr((packages, files, _FOLDERS, _INIT))
+def _folder(*, tools: bool) -> Path:
+    recipe = repr((_KERNEL, _contents(tools=tools), _FOLDERS, _INIT))
     return cache_dir() / f"guest-{sha256(recipe.encode()).hexdigest()[:12]}"
 
 
-def _build(work: Path, built: Path) -> None:
+class _Contents(NamedTuple):
+    """What goes into an initial file system, from where."""
+
+    packages: tuple[str, ...]
+    files: tuple[str, ...]
+    modules: tuple[str, ...]
+
+
+def _contents(*, tools: bool) -> _Contents:
+    if not tools:
+        return _Contents(_PACKAGES, _FILES, _MODULES)
+    return _Contents(
+        _PACKAGES + _MORE_PACKAGES, _FILES + _MORE_FILES, _MODULES + _MORE_MODULES
+    )
+
+
+def _build(work: Path, built: Path, *, tools: bool) -> None:
     unpacked = work / "unpacked"
-    _fetch(work, (_real_package(_KERNEL), _BUSYBOX, *_TOOLS), unpacked)
+    contents = _contents(tools=tools)
+    _fetch(work, (_real_package(_KERNEL), *contents.packages), unpacked)
     shutil.copy(next((unpacked / "boot").glob("vmlinuz-*")), built / "vmlinuz")
     root = work / "root"
     for folder in (*_FOLDERS, "modules"):
@@ -130,10 +156,27 @@ def _build(work: Path, built: Path) -> None:
     shutil.copy(unpacked / "bin" / "busybox", root / "bin" / "busybox")
     (root / "init").write_text(_INIT)
     (root / "init").chmod(0o755)
-    for pattern, folder in _TOOL_FILES:
-        shutil.copy(next(unpacked.rglob(pattern)), root / folder)
-    _copy_modules(unpacked, root / "modules")
+    _copy_files(unpacked, contents.files, root)
+    _copy_modules(unpacked, contents.modules, root / "modules")
+    if tools:
+        _prepare_python(root)
     _pack(root, built / "initramfs.cpio")
+
+
+def _copy_files(unpacked: Path, patterns: tuple[str, ...], root: Path) -> None:
+    """Copy what matches, and links as links: their targets are in the guest."""
+    for path in {path for pattern in patterns for path in unpacked.glob(pattern)}:
+        copy = root / path.relative_to(unpacked)
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(path, copy, follow_symlinks=False)
+
+
+def _prepare_python(root: Path) -> None:
+    """Do what its installation would."""
+    (python,) = (root / "usr" / "bin").glob("python3*")
+    (root / "bin" / "python3").symlink_to(Path("/usr/bin") / python.name)
+    # Or it says that it has none.
+    (root / "usr" / "lib" / python.name / "lib-dynload").mkdir()
 
 
 def _real_package(name: str) -> str:
@@ -155,13 +198,13 @@ def _fetch(work: Path, packages: tuple[str, ...], target: Path) -> None:
         _run(["dpkg", "-x", str(package), str(target)])
 
 
-def _copy_modules(unpacked: Path, target: Path) -> None:
+def _copy_modules(unpacked: Path, names: tuple[str, ...], target: Path) -> None:
     """Copy the wanted modules and those they need, and write down their order."""
     available = {
         path.name.split(".")[0].replace("-", "_"): path
         for path in unpacked.rglob("*.ko*")
     }
-    wanted = (_with_dependencies(name, available) for name in _MODULES)
+    wanted = (_with_dependencies(name, available) for name in names)
     order = list(dict.fromkeys(chain.from_iterable(wanted)))  # each once, first place
     for name in order:
         (target / f"{name}.ko").write_bytes(_module_bytes(available[name]))
