@@ -1,6 +1,6 @@
 # Bare `make` lists the targets; anything longer than a line is in .ci/ or a tool's own file.
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-tests demo test check lint test-fast test-python test-bounds bench format clean
+.PHONY: help setup setup-tests demo test check lint test-fast test-python test-bounds bench bench-tcp format clean
 
 BIN := .venv/bin
 UNIT := tests/control tests/datapath tests/ports tests/test_architecture.py
@@ -37,6 +37,9 @@ test-bounds: setup-tests ## run the unit tests with every array index checked
 
 bench: setup-tests ## measure guest to guest
 	@$(BIN)/python -m bench.guest_to_guest
+
+bench-tcp: setup-tests ## measure TCP between real guests, with and without offloads
+	@$(BIN)/python -m bench.tcp
 
 format: setup-tests ## rewrite the sources as ruff likes them
 	@$(BIN)/ruff format . && $(BIN)/ruff check --fix .

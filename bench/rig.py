@@ -41,17 +41,28 @@ def running(*options: str) -> Iterator[Rig]:
     cpus = sorted(os.sched_getaffinity(0))
     if len(cpus) < 2:
         sys.exit("this needs two processors: one for the worker, one for the generator")
+    with ExitStack() as owned:
+        manager, directory = owned.enter_context(
+            switch(f"--cpus={cpus[1]}", "--poll=busy", *options)
+        )
+        os.sched_setaffinity(0, {cpus[0]})
+        owned.callback(os.sched_setaffinity, 0, set(cpus))
+        yield Rig(manager, directory, cpus[1], cpus[0])
+
+
+@contextmanager
+def switch(*options: str) -> Iterator[tuple[Client, Path]]:
+    """A switch, and the directory that it has for itself."""
     directory = Path(tempfile.mkdtemp(prefix="vswitch-bench-"))
     run_dir = directory / "run"
-    arguments = [f"--run-dir={run_dir}", f"--cpus={cpus[1]}", "--poll=busy", *options]
+    arguments = [f"--run-dir={run_dir}", "--spares=0", *options]
     try:
-        start.start([*arguments, "--spares=0"], run_dir, _on_progress)
-        with ExitStack() as owned:
-            manager = owned.enter_context(Client(run_dir))
-            owned.callback(manager.ask, "down")
-            os.sched_setaffinity(0, {cpus[0]})
-            owned.callback(os.sched_setaffinity, 0, set(cpus))
-            yield Rig(manager, directory, cpus[1], cpus[0])
+        start.start(arguments, run_dir, _on_progress)
+        with Client(run_dir) as manager:
+            try:
+                yield manager, directory
+            finally:
+                manager.ask("down")
     finally:
         shutil.rmtree(directory, ignore_errors=True)
 
