@@ -12,8 +12,9 @@ import struct
 import threading
 
 from tests import naive
+from tests.guest.naive_packed import RING_PACKED, PackedRing
 
-FEATURES = (1 << 15) | (1 << 22) | (1 << 28) | (1 << 29) | (1 << 30) | (1 << 32)
+FEATURES = sum(1 << bit for bit in (15, 22, 28, 29, 30, 32, 34, 35))
 PROTOCOL_FEATURES = 1 << 30
 PROTOCOL = 1 << 0 | 1 << 3  # MQ, REPLY_ACK
 GET_FEATURES, SET_FEATURES, SET_MEM_TABLE = 1, 2, 5
@@ -56,15 +57,15 @@ class EchoBackend(threading.Thread):
                     os.close(ring.pop(name))
 
     def finish(self):
-        self.join(10)
+        self.join(60)
         assert not self.is_alive()
         if self.error is not None:
             raise self.error
 
     def _step(self):
         kicks = {self.setup[i]["kick"] for i in self.rings}
-        ready, _, _ = select.select([self.sock, *kicks], [], [], 10)
-        assert ready, "nothing came for 10 s"
+        ready, _, _ = select.select([self.sock, *kicks], [], [], 60)
+        assert ready, "nothing came for 60 s"
         for fd in kicks & set(ready):
             os.eventfd_read(fd)
             self.kicked += 1
@@ -123,8 +124,9 @@ class EchoBackend(threading.Thread):
             self._map(data, fds)
         elif request == GET_VRING_BASE:
             index, _ = struct.unpack("=II", data)
-            reply = struct.pack("=II", index, self.rings.pop(index).next_avail)
+            reply = struct.pack("=II", index, self._base(self.rings.pop(index)))
             self.devices.pop(index | 1, None)
+            del self.setup[index]["base"]  # the next one starts it again
         elif request in (SET_VRING_KICK, SET_VRING_CALL):
             (word,) = struct.unpack("=Q", data)
             self._known(word & 0xFF, kick_or_call(request), *fds)
@@ -155,7 +157,17 @@ class EchoBackend(threading.Thread):
         if index in self.rings or not needed <= set(ring) or not self.memory:
             return
         areas = [self.memory.gpa_of(va) for va in ring["areas"]]
-        self.rings[index] = naive.Ring(self.memory, ring["num"], *areas, self.features)
+        arguments = (self.memory, ring["num"], *areas, self.features)
+        if self.features & RING_PACKED:
+            self.rings[index] = PackedRing(*arguments, ring["base"] & 0xFFFF)
+            assert ring["base"] >> 16 == ring["base"] & 0xFFFF
+        else:
+            self.rings[index] = naive.Ring(*arguments)
+
+    def _base(self, ring):
+        if self.features & RING_PACKED:
+            return ring.next_used << 16 | ring.next_avail
+        return ring.next_avail
 
 
 def kick_or_call(request):

@@ -9,7 +9,9 @@ from tests.guest.backend import EchoBackend
 from vswitch.guest import DEFAULT_FEATURES, Guest, GuestError, Shape
 
 MRG, INDIRECT, EVENT_IDX, VERSION_1 = 1 << 15, 1 << 28, 1 << 29, 1 << 32
+PACKED, IN_ORDER = 1 << 34, 1 << 35
 NEAR_WRAP = 65530
+FORMATS = pytest.mark.parametrize("packed", [False, True], ids=["split", "packed"])
 
 
 def open_descriptors():
@@ -31,9 +33,12 @@ def echo(guest, frames, queue=0):
     return back
 
 
-def test_a_frame_comes_back_as_it_was_sent(attach):
+@FORMATS
+def test_a_frame_comes_back_as_it_was_sent(attach, packed):
     frame = bytes(range(60))
-    assert echo(attach(), frame) == [frame]
+    guest = attach(packed=packed)
+    assert echo(guest, frame) == [frame]
+    assert bool(guest.features & PACKED) == packed
 
 
 @pytest.mark.parametrize("start", [0, NEAR_WRAP, 65535])
@@ -45,6 +50,11 @@ def test_a_frame_comes_back_as_it_was_sent(attach):
         DEFAULT_FEATURES & ~MRG,
         DEFAULT_FEATURES & ~(MRG | VERSION_1),
         0,
+        DEFAULT_FEATURES | IN_ORDER,
+        DEFAULT_FEATURES | PACKED,
+        DEFAULT_FEATURES | PACKED | IN_ORDER,
+        DEFAULT_FEATURES & ~EVENT_IDX | PACKED,
+        DEFAULT_FEATURES & ~MRG | PACKED,
     ],
 )
 def test_many_frames_keep_order_with_any_features(attach, features, start):
@@ -53,6 +63,7 @@ def test_many_frames_keep_order_with_any_features(attach, features, start):
     assert echo(guest, frames) == frames
 
 
+@FORMATS
 @pytest.mark.parametrize(
     "shape",
     [
@@ -64,14 +75,50 @@ def test_many_frames_keep_order_with_any_features(attach, features, start):
         Shape(pieces=100, indirect=True),
     ],
 )
-def test_any_shape_of_chains_carries_frames(attach, shape):
-    guest = attach(shape=shape, rx_shape=shape, queue_size=32, start_index=NEAR_WRAP)
+def test_any_shape_of_chains_carries_frames(attach, shape, packed):
+    guest = attach(
+        shape=shape,
+        rx_shape=shape,
+        queue_size=32,
+        start_index=NEAR_WRAP,
+        packed=packed,
+    )
     frames = frames_of(*range(60, 160))
     assert echo(guest, frames) == frames
 
 
-def test_large_frames_are_put_together_from_small_buffers(attach):
-    guest = attach(rx_buffer_len=256, tx_buffer_len=10000, queue_size=64)
+@pytest.mark.parametrize("size", [1, 3, 100, 1000])
+def test_a_packed_ring_may_have_any_size(attach, size):
+    guest = attach(
+        packed=True,
+        queue_size=size,
+        start_index=2 * size - 1,
+        rx_buffer_len=128,
+        tx_buffer_len=128,
+    )
+    frames = frames_of(*range(60, 90))
+    assert echo(guest, frames) == frames
+
+
+def test_a_split_ring_may_not(attach):
+    with pytest.raises(GuestError, match="100 descriptors: it is not a power of two"):
+        attach(queue_size=100)
+
+
+def test_a_ring_must_have_room_for_one_chain(attach):
+    with pytest.raises(GuestError, match="a frame takes 5"):
+        attach(packed=True, queue_size=4, shape=Shape(pieces=5))
+
+
+def test_packed_rings_that_are_not_offered_are_missed(attach, host):
+    host.options = {"offered": fake.FEATURES & ~PACKED}
+    with pytest.raises(GuestError, match="cannot use packed rings"):
+        attach(packed=True)
+
+
+@FORMATS
+def test_large_frames_are_put_together_from_small_buffers(attach, packed):
+    guest = attach(rx_buffer_len=256, tx_buffer_len=10000, queue_size=64, packed=packed)
     frames = frames_of(9216, 14, 244, 245, 500, 501, 9000)
     assert echo(guest, frames) == frames
 
@@ -137,22 +184,40 @@ def test_stop_and_start_lose_nothing(attach):
     assert echo(guest, frames) == frames
 
 
-def test_reset_begins_with_empty_rings(attach):
-    guest = attach(queue_size=16)
+@pytest.mark.parametrize(("start", "index", "lap"), [(0, 6, 0), (12, 6, 1), (6, 0, 1)])
+def test_a_packed_ring_goes_on_at_its_index_and_lap(attach, start, index, lap):
+    guest = attach(queue_size=12, start_index=start, packed=True)
+    frames = frames_of(*range(60, 78))
+    assert echo(guest, frames) == frames
+    position = index | lap << 15
+    assert guest.stop() == [position << 16 | position] * 2
+    guest.start()
+    assert echo(guest, frames) == frames
+
+
+@FORMATS
+def test_reset_begins_with_empty_rings(attach, packed):
+    guest = attach(queue_size=16, packed=packed)
     assert echo(guest, frames_of(60)) == frames_of(60)
     guest.reset()
-    assert guest.rings["avail_idx"].tolist() == [16, 0]
+    assert [layout.outstanding for layout in guest.layouts] == [16, 0]
+    assert guest.layouts[1].device_position() == (0x80008000 if packed else 0)
     assert echo(guest, frames_of(70)) == frames_of(70)
 
 
-def test_a_reconnect_goes_on_where_the_rings_stand(attach, host):
-    guest = attach(queue_size=16, start_index=NEAR_WRAP)
+@FORMATS
+def test_a_reconnect_goes_on_where_the_rings_stand(attach, host, packed):
+    guest = attach(queue_size=16, start_index=NEAR_WRAP, packed=packed)
     frames = frames_of(*range(60, 90))
     assert echo(guest, frames) == frames
+    guest.send_all(frames[:3])
+    assert len(guest.receive(timeout=5.0, max_frames=1)) == 1
+    guest.wait_sent()
     guest.disconnect()
     host.backends[0].finish()
     host.expect()
     guest.open()
+    assert guest.receive(timeout=5.0, at_least=2) == frames[1:3]
     assert echo(guest, frames) == frames
 
 

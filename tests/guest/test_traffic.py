@@ -3,8 +3,22 @@
 import numpy as np
 import pytest
 
-from vswitch.guest import GuestError, stream
+from vswitch.guest import DEFAULT_FEATURES, GuestError, stream
 from vswitch.guest.traffic import Generator, Sink, Totals, hammer, latency, run
+
+PACKED, IN_ORDER = 1 << 34, 1 << 35
+
+
+FORMATS = pytest.mark.parametrize(
+    "ring",
+    [
+        {"queue_size": 64},
+        {"queue_size": 64, "features": DEFAULT_FEATURES | IN_ORDER},
+        {"queue_size": 60, "packed": True},
+        {"queue_size": 60, "features": DEFAULT_FEATURES | PACKED | IN_ORDER},
+    ],
+    ids=["split", "split in order", "packed", "packed in order"],
+)
 
 
 def stream_through(generator, sink, count):
@@ -64,9 +78,10 @@ def test_flows_are_counted_apart(counter):
     assert counts(flows[0]) == counts(flows[1]) == (3, 0, 0, 0, 0)
 
 
+@FORMATS
 @pytest.mark.parametrize("start", [0, 65000])
-def test_built_frames_of_all_lengths_pass_unharmed(attach, start):
-    guest = attach(queue_size=64, start_index=start)
+def test_built_frames_of_all_lengths_pass_unharmed(attach, start, ring):
+    guest = attach(start_index=start, **ring)
     generator = Generator(guest, guest, (28, 1514), raw=False, verify=True, frames=300)
     totals = stream_through(generator, Sink(guest, raw=False, verify=True), 300)
     assert totals.clean
@@ -75,11 +90,13 @@ def test_built_frames_of_all_lengths_pass_unharmed(attach, start):
     assert guest.faults() == {}
 
 
+@FORMATS
 @pytest.mark.parametrize("start", [0, 65000])
-def test_raw_frames_pass_and_the_rings_stay_usable(attach, start):
-    guest = attach(queue_size=64, start_index=start)
+def test_raw_frames_pass_and_the_rings_stay_usable(attach, start, ring):
+    guest = attach(start_index=start, **ring)
     guest.send_all(bytes(60))
     assert guest.receive(timeout=5.0) == [bytes(60)]
+    guest.wait_sent()
     for _ in range(2):
         generator = Generator(guest, guest, frames=1000)
         totals = stream_through(generator, Sink(guest), 1000)

@@ -193,7 +193,7 @@ def frame(dst, src, length=60, fill=0):
 def transfer(sender, receiver, frames):
     """Send frames, no more at a time than fit the receiver; what arrives."""
     ring = receiver.rings[0]
-    room, each = len(receiver.layouts[0].avail_entries), int(ring["buffer_len"])
+    room, each = receiver.layouts[0].plan.size, int(ring["buffer_len"])
     chain = int(ring["chain"])
     arrived, batch, taken = [], [], 0
     for one in [*frames, None]:

@@ -7,6 +7,7 @@ switch's own half, so that a mistake there is not repeated here.
 
 from vswitch.guest.errors import GuestError
 from vswitch.guest.guest import DEFAULT_FEATURES, Guest
+from vswitch.guest.header import OFFLOADS, NetHeader
 from vswitch.guest.layout import Shape
 
-__all__ = ["DEFAULT_FEATURES", "Guest", "GuestError", "Shape"]
+__all__ = ["DEFAULT_FEATURES", "OFFLOADS", "Guest", "GuestError", "NetHeader", "Shape"]

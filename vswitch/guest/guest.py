@@ -37,6 +37,7 @@ from vswitch.guest.frontend import (
     RingSetup,
     eventfd,
 )
+from vswitch.guest.header import NetHeader, pack_headers, usable
 from vswitch.guest.layout import Layout, RingShape, Shape
 from vswitch.guest.memory import HOLE, Bytes, GuestMemory
 
@@ -70,6 +71,7 @@ class Guest:
         queue_pairs: int = 1,
         queue_size: int = 256,
         features: int = DEFAULT_FEATURES,
+        packed: bool = False,
         protocol_features: int = DEFAULT_PROTOCOL,
         rx_buffer_len: int = 2048,
         tx_buffer_len: int = 2048,
@@ -93,15 +95,19 @@ class Guest:
                 switch whose port is in client mode.
             mac: The guest's address; by default made from the path.
             queue_pairs: Pairs of a receive and a transmit ring.
-            queue_size: Descriptors a ring, a power of two.
-            features: Virtio features to accept where offered.
+            queue_size: Descriptors a ring; a power of two, but for packed rings.
+            features: Virtio features to accept where offered, and where those that
+                they need are there, too. `header.OFFLOADS` are the ones for frames
+                with half a checksum and for super-frames; mind the buffers' lengths.
+            packed: Use packed rings, and nothing else.
             protocol_features: The same for vhost-user's own.
             rx_buffer_len: Bytes of a receive buffer, virtio header included.
             tx_buffer_len: Bytes of a transmit buffer, the same; limits frames sent.
             rx_buffers: How many receive buffers to offer a ring; by default all.
             shape: How frames to send are cut into descriptors.
             rx_shape: How receive buffers are.
-            start_index: Where the free-running ring indexes begin.
+            start_index: Where the free-running ring indexes begin; packed rings: as
+                many descriptors later than at the first lap's begin.
             regions: How many memory regions to tell the switch.
             gap: Guest-physical hole between two regions; 0 makes buffers cross over.
             memory_size: Bytes of guest memory; by default what rings and buffers need.
@@ -116,6 +122,8 @@ class Guest:
         self._path, self._order, self._ack = path, tuple(order), ack
         self._timeout, self._memory_first = timeout, memory_first
         self._wanted = features if queue_pairs > 1 else features & ~virtio.F_MQ
+        self._wanted |= virtio.F_RING_PACKED if packed else 0
+        self._needs_packed = packed
         self._protocol = protocol_features
         self._start_index = start_index
         plans = (
@@ -134,6 +142,7 @@ class Guest:
         self._room = np.empty(_ROOM, np.uint8)
         self._offsets = np.zeros(_BURST, np.int64)
         self._lengths = np.zeros(_BURST, np.int64)
+        self._headers = np.zeros(_BURST, virtio.NET_HDR)
         self._listener = Listener(path) if mode == "server" else None
 
     @classmethod
@@ -187,6 +196,12 @@ class Guest:
 
     def _negotiate(self, frontend: Frontend) -> None:
         frontend.negotiate(self._wanted, self._protocol, set_features=False)
+        frontend.features = usable(frontend.features)
+        if self._needs_packed and not frontend.features & virtio.F_RING_PACKED:
+            raise GuestError(
+                "cannot use packed rings: the switch does not offer them "
+                "(leave packed away)"
+            )
         pairs = len(self.rings) // 2
         if pairs > frontend.max_pairs:
             raise GuestError(
@@ -204,8 +219,10 @@ class Guest:
 
     def _lay_out(self, features: int) -> None:
         self.layouts = [
-            Layout(self.memory, plan, features, ring)
-            for plan, ring in zip(self._plans, self.rings, strict=True)
+            Layout(self.memory, plan, features, ring, receives=index % 2 == 0)
+            for index, (plan, ring) in enumerate(
+                zip(self._plans, self.rings, strict=True)
+            )
         ]
         self._empty_rings()
 
@@ -213,7 +230,7 @@ class Guest:
         """Begin anew: nothing offered but the receive buffers."""
         for layout in self.layouts:
             layout.clear(self._start_index)
-        self._bases = [self._start_index] * len(self.rings)
+        self._bases = None
         for ring in self._receive_rings():
             driver.refuse_calls(ring)
             driver.post_buffers(ring, self._posted)
@@ -302,11 +319,23 @@ class Guest:
 
     # --- frames -----------------------------------------------------------------------
 
-    def send(self, frames: bytes | Sequence[bytes] | FrameArray, queue: int = 0) -> int:
+    def send(
+        self,
+        frames: bytes | Sequence[bytes] | FrameArray,
+        queue: int = 0,
+        headers: Sequence[NetHeader] | None = None,
+    ) -> int:
         """Offer frames until the ring is full; how many were taken. Never waits.
 
+        Args:
+            frames: From destination address to payload's end, each.
+            queue: The queue pair to send on.
+            headers: What each frame's virtio-net header says; by default nothing. They
+                go as they are, also what was not negotiated.
+
         Raises:
-            GuestError: A frame is larger than a transmit buffer.
+            GuestError: A frame is larger than a transmit buffer, or there are not as
+                many headers as frames.
         """
         ring = self.rings[2 * queue + 1]
         data, offsets, lengths = _pack(frames)
@@ -316,28 +345,37 @@ class Guest:
                 f"cannot send a frame of {lengths.max()} bytes: a buffer holds {most} "
                 "(give the guest a larger tx_buffer_len)"
             )
-        return driver.send_frames(ring, int(data.ctypes.data), offsets, lengths)
+        packed = None if headers is None else pack_headers(headers, lengths.size)
+        return driver.send_frames(
+            ring,
+            int(data.ctypes.data),
+            offsets,
+            lengths,
+            0 if packed is None else int(packed.ctypes.data),
+        )
 
     def send_all(
         self,
         frames: bytes | Sequence[bytes] | FrameArray,
         queue: int = 0,
         timeout: float = 5.0,
+        headers: Sequence[NetHeader] | None = None,
     ) -> None:
-        """Send every frame, waiting for room.
+        """Send every frame, waiting for room; the arguments are those of `send`.
 
         Raises:
-            GuestError: The switch did not take them in time.
+            GuestError: As in `send`, or the switch did not take them in time.
         """
         frames = [frames] if isinstance(frames, bytes) else frames
         deadline = time.monotonic() + timeout
-        done = self.send(frames, queue)
+        done = self.send(frames, queue, headers)
         while done < len(frames):
             if not self._wait([self.rings[2 * queue + 1]], deadline):
                 raise GuestError(
                     f"the switch took {done} of {len(frames)} frames in {timeout} s"
                 )
-            done += self.send(frames[done:], queue)
+            left = None if headers is None else headers[done:]
+            done += self.send(frames[done:], queue, left)
 
     def wait_sent(self, timeout: float = 5.0) -> None:
         """Wait until the switch has given back every frame sent.
@@ -365,8 +403,23 @@ class Guest:
 
         Returns fewer only when `timeout` seconds are over.
         """
+        arrived = self.receive_with_headers(timeout, max_frames, at_least)
+        return [frame for _, frame in arrived]
+
+    def receive_with_headers(
+        self,
+        timeout: float = 1.0,
+        max_frames: int | None = None,
+        at_least: int = 1,
+    ) -> list[tuple[NetHeader, bytes]]:
+        """The same, each frame with its virtio-net header.
+
+        A guest that takes offloads has to look: NEEDS_CSUM means that the checksum is
+        not there yet, a gso_type that the frame stands for several. In a header of 10
+        bytes there is no num_buffers; it is 0 then.
+        """
         deadline = time.monotonic() + timeout
-        frames: list[bytes] = []
+        frames: list[tuple[NetHeader, bytes]] = []
         while True:
             for ring in self._receive_rings():
                 room = _BURST if max_frames is None else max_frames - len(frames)
@@ -387,16 +440,22 @@ class Guest:
             row[: len(part)] = np.frombuffer(part, np.uint8)
         return rows, np.array([len(frame) for frame in frames], np.int64)
 
-    def _take(self, ring: Record, most: int) -> list[bytes]:
+    def _take(self, ring: Record, most: int) -> list[tuple[NetHeader, bytes]]:
         n = driver.receive_frames(
             ring,
             int(self._room.ctypes.data),
             self._room.size,
             self._offsets[:most],
             self._lengths[:most],
+            int(self._headers.ctypes.data),
         )
         spans = zip(self._offsets[:n].tolist(), self._lengths[:n].tolist(), strict=True)
-        return [self._room[at : at + length].tobytes() for at, length in spans]
+        return [
+            (NetHeader(*header), self._room[at : at + length].tobytes())
+            for header, (at, length) in zip(
+                self._headers[:n].tolist(), spans, strict=True
+            )
+        ]
 
     def _wait(self, rings: Sequence[Record], deadline: float) -> bool:
         """Sleep until the device has used something in a ring; False: deadline."""

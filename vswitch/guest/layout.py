@@ -10,19 +10,20 @@ import numpy as np
 
 from ports.native import Record, Records
 from ports.vhost.virtio import (
-    AVAIL_IDX,
-    AVAIL_RING,
+    DESC_F_WRITE,
     DESC_SIZE,
     F_EVENT_IDX,
+    F_IN_ORDER,
     F_INDIRECT_DESC,
     F_MRG_RXBUF,
+    F_RING_PACKED,
     F_VERSION_1,
     NET_HDR_LEN,
     NET_HDR_LEN_LEGACY,
-    USED_IDX,
     avail_len,
     used_len,
 )
+from vswitch.guest import ring as driver
 from vswitch.guest.errors import GuestError
 from vswitch.guest.memory import PAGE, Bytes, GuestMemory
 
@@ -72,7 +73,7 @@ class RingShape(NamedTuple):
 
     @property
     def bytes(self) -> int:
-        """Guest memory that the ring and its buffers take, generously."""
+        """Guest memory that a ring of either format and its buffers take, generously."""
         tables = DESC_SIZE * self.shape.entries * self.size
         areas = DESC_SIZE * self.size + avail_len(self.size) + used_len(self.size)
         return self.stride * self.slots + tables + areas + 4 * PAGE
@@ -82,32 +83,45 @@ class Layout:
     """One virtqueue laid out in guest memory, and its driver's record."""
 
     def __init__(
-        self, memory: GuestMemory, plan: RingShape, features: int, ring: Record
+        self,
+        memory: GuestMemory,
+        plan: RingShape,
+        features: int,
+        ring: Record,
+        *,
+        receives: bool,
     ) -> None:
-        """Fill in `ring`, a row of DRIVER_RING, which has to outlive this."""
-        if plan.shape.indirect and not features & F_INDIRECT_DESC:
-            raise GuestError(
-                "cannot use indirect descriptors: the switch did not offer them"
-            )
+        """Fill in `ring`, a row of DRIVER_RING, which has to outlive this.
+
+        Raises:
+            GuestError: The ring cannot be had with these features.
+        """
+        _check(plan, features)
         self.plan, self.ring, self._memory = plan, ring, memory
-        self._free = np.zeros(plan.slots, np.uint16)
-        self._busy = np.zeros(plan.slots, np.uint8)
-        size = plan.size
-        desc = memory.allocate(DESC_SIZE * size, 16)
-        avail = memory.allocate(avail_len(size), _LINE)
-        used = memory.allocate(used_len(size), PAGE)
+        capacity = 1 << (plan.slots - 1).bit_length()
+        self._free, self._order, self._out = np.zeros((3, capacity), np.uint16)
+        self._done = np.zeros(capacity, np.uint64)
+        ring["packed"] = features & F_RING_PACKED != 0
+        ring["size"] = plan.size
+        desc, avail, used = (
+            memory.allocate(length, align)
+            for length, align in zip(
+                driver.area_lengths(ring), (_LINE, _LINE, PAGE), strict=True
+            )
+        )
         entries = plan.shape.entries if plan.shape.indirect else 0
         tables = memory.allocate(DESC_SIZE * entries * plan.slots)
         buffers = memory.allocate(plan.stride * plan.slots)
-        modern = features & (F_VERSION_1 | F_MRG_RXBUF)
+        modern = features & (F_VERSION_1 | F_MRG_RXBUF | F_RING_PACKED)
         for name, value in {
             "desc": desc.addr,
             "avail": avail.addr,
             "used": used.addr,
-            "size": size,
             "event_idx": int(features & F_EVENT_IDX != 0),
+            "in_order": int(features & F_IN_ORDER != 0),
             "mergeable": int(features & F_MRG_RXBUF != 0),
             "header_len": NET_HDR_LEN if modern else NET_HDR_LEN_LEGACY,
+            "write": DESC_F_WRITE if receives else 0,
             "buffers": buffers.addr,
             "buffers_gpa": buffers.gpa,
             "buffer_len": plan.buffer_len,
@@ -119,53 +133,51 @@ class Layout:
             "indirect": int(plan.shape.indirect),
             "tables": tables.addr,
             "tables_gpa": tables.gpa,
+            "out": self._out.ctypes.data,
+            "queue_mask": capacity - 1,
             "free": self._free.ctypes.data,
-            "busy": self._busy.ctypes.data,
+            "order": self._order.ctypes.data,
+            "done": self._done.ctypes.data,
         }.items():
             ring[name] = value
         self.clear(0)
 
     def clear(self, start: int) -> None:
-        """Empty the ring, both indexes at `start`, as a driver does at a reset."""
+        """Empty the ring, as a driver does at a reset.
+
+        Both sides stand where they are after `start` descriptors; that is the index
+        itself of a split ring.
+        """
         ring = self.ring
-        size = self.plan.size
-        for area, length in (
-            ("desc", DESC_SIZE * size),
-            ("avail", avail_len(size)),
-            ("used", used_len(size)),
-        ):
+        areas = ("desc", "avail", "used")
+        for area, length in zip(areas, driver.area_lengths(ring), strict=True):
             self._memory.view(int(ring[area]), length)[:] = 0
-        for area, offset in (("avail", AVAIL_IDX), ("used", USED_IDX)):
-            word = self._memory.view(int(ring[area]) + offset, 2)
-            word[:] = np.frombuffer(start.to_bytes(2, "little"), np.uint8)
-        for name in ("avail_idx", "published", "used_idx"):
-            ring[name] = start
-        self.all_free(start)
+        driver.begin(ring, start)
+        self.all_free()
         self.buffers[:] = 0
         self.buffers[:, self.plan.buffer_len :] = _CANARY
 
-    def all_free(self, position: int) -> None:
-        """Nothing is out; the slot for `position` is taken first."""
-        slots = self.plan.slots
-        self._free[:] = (np.arange(slots) + position) % slots
-        self._busy[:] = 0
-        self.ring["free_head"], self.ring["free_tail"] = 0, slots
+    def all_free(self) -> None:
+        """Nothing is out; the slot of the next position is taken first."""
+        slots, ring = self.plan.slots, self.ring
+        self._free[:slots] = (np.arange(slots) + int(ring["avail_idx"])) % slots
+        self._out[:] = 0
+        for queue in ("free", "order", "done"):
+            ring[f"{queue}_head"] = ring[f"{queue}_tail"] = 0
+        ring["free_tail"] = slots
 
     @property
     def outstanding(self) -> int:
-        """Chains that the device has."""
+        """Chains that are not free: the device has them, or nobody looked at them yet."""
         return self.plan.slots - int(self.ring["free_tail"] - self.ring["free_head"])
 
     def device_position(self) -> int:
-        """The used index, which is how far the device has come."""
-        word = self._memory.view(int(self.ring["used"]) + USED_IDX, 2)
-        return int.from_bytes(word.tobytes(), "little")
+        """How far the device has come, as SET_VRING_BASE has it.
 
-    @property
-    def avail_entries(self) -> "np.ndarray[tuple[int], np.dtype[np.uint16]]":
-        """The available ring's heads, by position."""
-        addr = int(self.ring["avail"]) + AVAIL_RING
-        return self._memory.view(addr, 2 * self.plan.size).view(np.uint16)
+        Split: the used index. Packed: index and lap, in both halves, and only while
+        nobody else uses the ring.
+        """
+        return driver.device_position(self.ring)
 
     @property
     def buffers(self) -> Records:
@@ -180,3 +192,20 @@ class Layout:
         """How many buffers the device wrote past the end of."""
         behind = self.buffers[:, self.plan.buffer_len :]
         return int(np.count_nonzero((behind != _CANARY).any(axis=1)))
+
+
+def _check(plan: RingShape, features: int) -> None:
+    if plan.shape.indirect and not features & F_INDIRECT_DESC:
+        raise GuestError(
+            "cannot use indirect descriptors: the switch did not offer them"
+        )
+    if plan.size & (plan.size - 1) and not features & F_RING_PACKED:
+        raise GuestError(
+            f"cannot use split rings of {plan.size} descriptors: it is not a power of "
+            "two (use packed=True or another queue_size)"
+        )
+    if not plan.slots:
+        raise GuestError(
+            f"cannot use rings of {plan.size} descriptors: a frame takes {plan.chain} "
+            "(use a larger queue_size)"
+        )

@@ -5,10 +5,11 @@ what was lost, came twice, or came in another order.
 
 Two ways to drive a ring:
 - built: an ordinary driver's work; each frame is written, each received frame copied out;
-- raw: all descriptors and frames are written once; from then on sending is the word and
-  the index, receiving is reading the word and giving the buffer back. This leaves the
-  device as the slow one. It relies on a device that works in order, and on frames that
-  fit one buffer; on any other the numbers come out wrong, which is counted.
+- raw: frames are written once, and so are descriptors in a split ring (in a packed one the
+  device overwrites them); from then on sending is the word and the index, receiving is
+  reading the word and giving the buffer back. This leaves the device as the slow one. It
+  relies on a device that works in order, and on frames that fit one buffer; on any other
+  the numbers come out wrong, which is counted.
 
     offset  0   6   12         14       16       20    28
             dst src ethertype  length   -        word  payload
@@ -22,7 +23,6 @@ from ports.native import (
     Record,
     copy_bytes,
     jit,
-    load_acquire_u16,
     load_any_u16,
     load_any_u64,
     load_u8,
@@ -34,7 +34,6 @@ from ports.native import (
     store_any_u64,
     store_u8,
 )
-from ports.vhost.virtio import USED_IDX
 from vswitch.guest.ring import (
     buffer_of,
     clear_header,
@@ -42,6 +41,12 @@ from vswitch.guest.ring import (
     free_slots,
     offer,
     publish,
+    raw_arrived,
+    raw_next,
+    raw_offer,
+    raw_oldest,
+    raw_return,
+    raw_room,
     reap,
     receive_frames,
     ring_at,
@@ -59,7 +64,6 @@ _MARK_SHIFT: Final = 48
 _FLOW_SHIFT: Final = 40
 _NUMBER_MASK: Final = (1 << _FLOW_SHIFT) - 1
 _GAPS: Final = 256
-_IDX_MASK: Final = 0xFFFF
 _IDLE_SPINS: Final = 16
 
 GENERATOR: Final = np.dtype(
@@ -245,20 +249,19 @@ def generate(generator: Record) -> int:
 @jit
 def _generate_raw(generator: Record, ring: Record, room: int) -> int:
     """Number the frames that are there already and move the index."""
-    # Pairs with the device's release of used.idx: it is done with those buffers.
-    used_idx = load_acquire_u16(int(ring["used"]) + USED_IDX)
-    avail_idx = int(ring["avail_idx"])
-    size = int(ring["size"])
-    count = min(room, size - ((avail_idx - used_idx) & _IDX_MASK))
+    count = min(room, raw_room(ring, room))
     if count <= 0:
         return 0
     stride = int(ring["stride"])
-    words = int(ring["buffers"]) + int(ring["header_len"]) + WORD_OFFSET
+    header = int(ring["header_len"])
+    words = int(ring["buffers"]) + header + WORD_OFFSET
     first = int(generator["next"])
     word = _word(int(generator["flow"]), first)
+    slot = raw_next(ring)
     for i in range(count):
-        store_any_u64(words + ((avail_idx + i) & (size - 1)) * stride, word + i)
-    ring["avail_idx"] = (avail_idx + count) & _IDX_MASK
+        store_any_u64(words + slot * stride, word + i)
+        slot = _after(ring, slot)
+    raw_offer(ring, count, header + int(generator["min_len"]))
     publish(ring)
     generator["next"] = first + count
     generator["bytes"] += count * int(generator["min_len"])
@@ -284,8 +287,8 @@ def _generate_built(generator: Record, ring: Record, room: int) -> int:
         store_any_u64(frame + WORD_OFFSET, _word(flow, number))
         if int(generator["fill"]) != 0:
             _fill(frame, length, number)
-        describe(ring, slot, header + length, 0)
-        offer(ring, slot)
+        describe(ring, slot, header + length)
+        offer(ring, slot, header + length)
         generator["next"] = number + 1
         generator["bytes"] += length
         sent += 1
@@ -350,20 +353,18 @@ def collect(sink: Record, offsets: np.ndarray, lengths: np.ndarray) -> int:
 @jit
 def _collect_raw(sink: Record, ring: Record) -> int:
     """Read the words, give the buffers back where they are."""
-    # Pairs with the device's release of used.idx: the frames before it are complete.
-    end = load_acquire_u16(int(ring["used"]) + USED_IDX)
-    used_idx = int(ring["used_idx"])
-    count = min(int(sink["burst"]), (end - used_idx) & _IDX_MASK)
+    count = min(int(sink["burst"]), raw_arrived(ring, int(sink["burst"])))
     if count == 0:
         return 0
-    slots = int(ring["size"]) - 1
     stride = int(ring["stride"])
     words = int(ring["buffers"]) + int(ring["header_len"]) + WORD_OFFSET
+    slot = raw_oldest(ring)
     wanted = -1
     run = 0
     last = -1
-    for i in range(count):
-        word = load_any_u64(words + ((used_idx + i) & slots) * stride)
+    for _ in range(count):
+        word = load_any_u64(words + slot * stride)
+        slot = _after(ring, slot)
         if word == wanted:
             wanted += 1
             run += 1
@@ -374,11 +375,16 @@ def _collect_raw(sink: Record, ring: Record) -> int:
             wanted = _word(last, int(flow["expected"])) if last >= 0 else -1
             run = 0
     _came_in_order(sink, last, run)
-    ring["used_idx"] = (used_idx + count) & _IDX_MASK
-    ring["avail_idx"] = (int(ring["avail_idx"]) + count) & _IDX_MASK
+    raw_return(ring, count)
     publish(ring)
     sink["frames"] += count
     return count
+
+
+@jit
+def _after(ring: Record, slot: int) -> int:
+    """The slot at the position behind that of `slot`."""
+    return 0 if slot + 1 == int(ring["size"]) else slot + 1
 
 
 @jit
@@ -397,7 +403,7 @@ def _collect_built(
     burst = int(sink["burst"])
     scratch = int(sink["scratch"])
     room = int(sink["room"])
-    count = receive_frames(ring, scratch, room, offsets[:burst], lengths[:burst])
+    count = receive_frames(ring, scratch, room, offsets[:burst], lengths[:burst], 0)
     for i in range(count):
         frame = scratch + int(offsets[i])
         length = int(lengths[i])

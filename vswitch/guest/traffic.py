@@ -168,26 +168,26 @@ class Generator:
         driver.reap(ring)
         if layout.outstanding:
             raise GuestError("cannot send raw: earlier frames are still in the ring")
-        size, header = layout.plan.size, int(ring["header_len"])
+        header = int(ring["header_len"])
         layout.buffers[:, :header] = 0
         layout.buffers[:, header : header + stream.WORD_OFFSET] = self._template
-        for slot in range(size):
-            driver.describe(ring, slot, header + self.length, 0)
-        layout.avail_entries[:] = np.arange(size)
+        driver.raw_prepare(ring, header + self.length)
 
     def finish(self, deadline: float) -> None:
         """Wait until every frame came back: what was to arrive has arrived."""
-        layout, ring = self.layout, self.layout.ring
-        position = int(ring["avail_idx"])
-        while layout.device_position() != position:
+        while not self._is_idle():
             if time.monotonic() > deadline:
                 raise GuestError("the switch keeps frames that were sent")
             time.sleep(0)
         if self.record["raw"]:
-            ring["used_idx"] = position
-            layout.all_free(position)
-        else:
-            driver.reap(ring)
+            self.layout.all_free()
+
+    def _is_idle(self) -> bool:
+        layout, size = self.layout, self.layout.plan.size
+        if self.record["raw"]:
+            return driver.raw_room(layout.ring, size) == size
+        driver.reap(layout.ring)
+        return layout.outstanding == 0
 
 
 class Sink:
@@ -229,13 +229,10 @@ class Sink:
         length = np.zeros(1, np.int64)
         drop = np.zeros(_ROOM, np.uint8)
         while driver.receive_frames(
-            ring, int(drop.ctypes.data), drop.size, length, length
+            ring, int(drop.ctypes.data), drop.size, length, length, 0
         ):
             pass
-        order = np.arange(self.layout.plan.size)
-        if self.record["raw"] and not (
-            self.layout.plan.chain == 1 and (self.layout.avail_entries == order).all()
-        ):
+        if self.record["raw"] and not driver.raw_fits(ring):
             raise GuestError(
                 "cannot receive raw: it takes one descriptor a buffer, all of them "
                 "offered, in order (use raw=False)"
