@@ -1,6 +1,9 @@
 """Frames from one built-in guest to another through one worker.
 
-    python -m bench.guest_to_guest [--seconds S] [--slices N] [-j]
+    python -m bench.guest_to_guest [--seconds S] [--slices N] [--format F] [-j]
+
+Split and packed rings take turns, slice by slice, so that a machine that changes its
+state in between is as bad for the one as for the other.
 
 The worker has one processor, generator and sink share the other. The raw generator fills
 its buffers once and then writes a number into each frame and moves indexes; the sink
@@ -10,7 +13,8 @@ checks every number, and what it counted has to be what the switch counted.
 import argparse
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from itertools import pairwise
 from statistics import median
 from typing import Any, Final, NamedTuple
 
@@ -20,6 +24,7 @@ from vswitch.guest import Guest
 from vswitch.guest.traffic import Generator, Sink, Totals, run, tsc_hz
 
 LENGTHS: Final = (64, 512, 1500, 9000)
+FORMATS: Final = ("split", "packed")
 _WARM_S: Final = 0.1
 
 
@@ -36,35 +41,75 @@ class Slice(NamedTuple):
         return self.round_trip_ns < machine.FAST_NS
 
 
+class Measured(NamedTuple):
+    """Slices of one frame length in one ring format."""
+
+    length: int
+    form: str
+    slices: list[Slice]
+
+    @property
+    def chosen(self) -> list[Slice]:
+        """The slices in the fast state, or all where there was none."""
+        return [one for one in self.slices if one.is_fast] or self.slices
+
+    @property
+    def mpps(self) -> float:
+        """The figure."""
+        return median(one.mpps for one in self.chosen)
+
+    @property
+    def cycles(self) -> float:
+        """The worker's busy cycles a frame."""
+        return median(one.cycles_per_frame for one in self.chosen)
+
+    @property
+    def name(self) -> str:
+        """What it is called in JSON."""
+        packed = "_packed" if self.form == "packed" else ""
+        return f"guest_to_guest_{self.length}{packed}"
+
+
 def main() -> None:
     """Measure, and print a table or JSON."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seconds", type=float, default=1.0, help="of a slice")
     parser.add_argument("--slices", type=int, default=5, help="of each frame length")
+    parser.add_argument("--format", choices=[*FORMATS, "both"], default="both")
     parser.add_argument("-j", "--json", action="store_true")
     options = parser.parse_args()
+    forms = FORMATS if options.format == "both" else (options.format,)
     with running() as rig:
         idle = idle_round_cycles(rig, options.seconds)
         rows = [
-            (length, slices_of(rig, length, options.slices, options.seconds))
+            row
             for length in LENGTHS
+            for row in measure(rig, length, forms, options.slices, options.seconds)
         ]
     if options.json:
         for line in _json_lines(rows, idle):
             print(json.dumps(line))
         return
     print(f"{machine.processor()}, one worker, raw generator, ring of 256")
-    print("bytes     Mpps  (least to most)     Gb/s  cycles a frame  slices")
-    for length, slices in rows:
-        print(_row(length, slices))
+    print("bytes  rings     Mpps  (least to most)     Gb/s  cycles a frame  slices")
+    for row in rows:
+        print(_row(row))
+    for length, ratio in _ratios(rows):
+        print(f"{length} bytes, packed to split: {ratio:.2f}")
     print(f"an idle round over 2 rings: {idle:.0f} cycles, {_ns(idle):.0f} ns")
 
 
-def slices_of(rig: Rig, length: int, count: int, seconds: float) -> list[Slice]:
-    """Measure `count` slices of frames of one length."""
-    with pair(rig, length) as (sender, receiver):
-        _run(sender, receiver, length, _WARM_S)
-        return [_slice(rig, sender, receiver, length, seconds) for _ in range(count)]
+def measure(
+    rig: Rig, length: int, forms: Sequence[str], count: int, seconds: float
+) -> list[Measured]:
+    """Measure `count` slices of frames of one length, the formats in turn."""
+    rows = [Measured(length, form, []) for form in forms]
+    for _ in range(count):
+        for row in rows:
+            with pair(rig, length, packed=row.form == "packed") as (sender, receiver):
+                _run(sender, receiver, length, _WARM_S)
+                row.slices.append(_slice(rig, sender, receiver, length, seconds))
+    return rows
 
 
 def _slice(
@@ -110,36 +155,52 @@ def idle_round_cycles(rig: Rig, seconds: float) -> float:
     return float(cycles / rounds)
 
 
-def _chosen(slices: list[Slice]) -> list[Slice]:
-    """The slices in the fast state, or all where there was none."""
-    return [one for one in slices if one.is_fast] or slices
+def _ratios(rows: Sequence[Measured]) -> Iterator[tuple[int, float]]:
+    """How many times as fast packed rings are, by length, where there were both.
+
+    Only slices that followed each other in the same state of the machine are compared.
+    """
+    for split, packed in pairwise(rows):
+        if (split.form, packed.form) != FORMATS:
+            continue
+        ratios = [
+            two.mpps / one.mpps
+            for one, two in zip(split.slices, packed.slices, strict=True)
+            if one.is_fast == two.is_fast
+        ]
+        if ratios:
+            yield split.length, median(ratios)
 
 
-def _row(length: int, slices: list[Slice]) -> str:
-    chosen = _chosen(slices)
-    rates = [one.mpps for one in chosen]
-    rate = median(rates)
-    cycles = median(one.cycles_per_frame for one in chosen)
-    fast = sum(one.is_fast for one in slices)
-    near = median(one.round_trip_ns for one in slices)
-    state = f"{fast} of {len(slices)} fast ({near:.0f} ns)"
+def _row(row: Measured) -> str:
+    rates = [one.mpps for one in row.chosen]
+    fast = sum(one.is_fast for one in row.slices)
+    near = median(one.round_trip_ns for one in row.slices)
+    state = f"{fast} of {len(row.slices)} fast ({near:.0f} ns)"
     spread = f"({min(rates):.1f} to {max(rates):.1f})"
-    gbps = rate * length * 8 / 1e3
-    return f"{length:5}  {rate:7.2f}  {spread:16} {gbps:8.1f}  {cycles:14.0f}  {state}"
+    gbps = row.mpps * row.length * 8 / 1e3
+    return (
+        f"{row.length:5}  {row.form:6}  {row.mpps:7.2f}  {spread:16} {gbps:8.1f}  "
+        f"{row.cycles:14.0f}  {state}"
+    )
 
 
-def _json_lines(
-    rows: list[tuple[int, list[Slice]]], idle: float
-) -> Iterator[dict[str, object]]:
-    for length, slices in rows:
-        chosen = _chosen(slices)
+def _json_lines(rows: Sequence[Measured], idle: float) -> Iterator[dict[str, object]]:
+    for row in rows:
         yield {
-            "name": f"guest_to_guest_{length}",
-            "value": median(one.mpps for one in chosen),
+            "name": row.name,
+            "value": row.mpps,
             "unit": "Mpps",
             "better": "higher",
-            "cycles_per_frame": median(one.cycles_per_frame for one in chosen),
-            "slices": [one._asdict() for one in slices],
+            "cycles_per_frame": row.cycles,
+            "slices": [one._asdict() for one in row.slices],
+        }
+    for length, ratio in _ratios(rows):
+        yield {
+            "name": f"packed_to_split_{length}",
+            "value": ratio,
+            "unit": "times",
+            "better": "higher",
         }
     yield {"name": "idle_round", "value": idle, "unit": "cycles", "better": "lower"}
 

@@ -73,14 +73,18 @@ def _on_progress(done: int, total: int) -> None:
 
 
 @contextmanager
-def pair(rig: Rig, length: int) -> Iterator[tuple[Guest, Guest]]:
+def pair(
+    rig: Rig, length: int, *, packed: bool = False
+) -> Iterator[tuple[Guest, Guest]]:
     """Two guests whose buffers hold frames of `length` bytes; both are learned."""
     room = max(2048, length + _HEADER_LEN)
     names = (f"a{length}", f"b{length}")
     with ExitStack() as owned:
         guests = []
         for name in names:
-            guest = rig.guest(name, rx_buffer_len=room, tx_buffer_len=room)
+            guest = rig.guest(
+                name, rx_buffer_len=room, tx_buffer_len=room, packed=packed
+            )
             owned.callback(rig.manager.ask, "del_port", name=name)
             guests.append(owned.enter_context(guest))
         for guest in guests:
