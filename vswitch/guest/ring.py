@@ -30,7 +30,6 @@ from vswitch.guest.slots import (
     DRIVER_RING,
     buffer_of,
     done_slots,
-    free_slot,
     free_slots,
     peek_done,
     ring_at,
@@ -195,16 +194,23 @@ def receive_frames(
     at = 0
     header = int(ring["header_len"])
     while n < lengths.size and done_slots(ring) > 0:
-        buffers = frame_buffers(ring)
+        slot, length = peek_done(ring, 0)
+        buffers = frame_buffers(ring, slot, length)
         if buffers == 0:
+            _offer_again(ring, slot)
             continue
-        length = _done_bytes(ring, buffers) - header
+        if buffers > 1:
+            length = _done_bytes(ring, buffers)
+        length -= header
         if at + length > room:
             break
         if headers != 0:
-            slot, _ = peek_done(ring, 0)
             copy_bytes(headers + NET_HDR_LEN * n, buffer_of(ring, slot), header)
-        _copy_frame(ring, buffers, out + at)
+        if buffers > 1:
+            _copy_merged(ring, buffers, out + at)
+        else:
+            copy_bytes(out + at, buffer_of(ring, slot) + header, length)
+            _offer_again(ring, slot)
         offsets[n] = at
         lengths[n] = length
         at += length
@@ -216,13 +222,11 @@ def receive_frames(
 
 
 @jit
-def frame_buffers(ring: Record) -> int:
-    """How many buffers the next frame fills; 0: what is there is no frame, skipped."""
+def frame_buffers(ring: Record, slot: int, length: int) -> int:
+    """How many buffers the frame that begins in a slot fills; 0: that is no frame."""
     header = int(ring["header_len"])
-    slot, length = peek_done(ring, 0)
     if length < header or length > int(ring["buffer_len"]):
         ring["bad_len"] += 1
-        _offer_again(ring)
         return 0
     if header < NET_HDR_LEN:
         return 1
@@ -244,8 +248,8 @@ def _done_bytes(ring: Record, buffers: int) -> int:
 
 
 @jit
-def _copy_frame(ring: Record, buffers: int, out: int) -> None:
-    """Copy a frame out of its buffers and offer them again."""
+def _copy_merged(ring: Record, buffers: int, out: int) -> None:
+    """Copy a frame out of several buffers and offer them again."""
     skip = int(ring["header_len"])
     whole = int(ring["buffer_len"])
     for i in range(buffers):
@@ -257,13 +261,12 @@ def _copy_frame(ring: Record, buffers: int, out: int) -> None:
             copy_bytes(out, buffer_of(ring, slot) + skip, length - skip)
         out += length - skip
         skip = 0
-        _offer_again(ring)
+        _offer_again(ring, slot)
 
 
 @jit
-def _offer_again(ring: Record) -> None:
-    """Offer the buffer that has been done longest."""
-    slot, _ = peek_done(ring, 0)
+def _offer_again(ring: Record, slot: int) -> None:
+    """Offer the buffer that was filled first, and looked at."""
     ring["done_head"] += 1
     offer(ring, slot, int(ring["buffer_len"]))
 
@@ -271,15 +274,9 @@ def _offer_again(ring: Record) -> None:
 @jit
 def reap(ring: Record) -> int:
     """Take back what the device has transmitted; how many chains."""
+    before = int(ring["free_tail"])
     collect(ring)
-    n = done_slots(ring)
-    for _ in range(n):
-        slot, length = peek_done(ring, 0)
-        ring["done_head"] += 1
-        if length != 0:
-            ring["bad_len"] += 1
-        free_slot(ring, slot)
-    return n
+    return int(ring["free_tail"]) - before
 
 
 @jit

@@ -2,11 +2,11 @@
 
 A slot is a buffer and the descriptor chain that shows it to the device.
 
-    free ~> offered (the device has it) ~> done ~> free again (transmit)
-                                              or  offered again (receive)
+    free ~> offered (the device has it) ~> free again (transmit)
+                                        ~> done ~> offered again (receive)
 
 Slots are taken oldest first. Three private queues remember where each is: `free`, `done`
-(used by the device and not yet looked at, with the length that it wrote) and, with
+(filled by the device and not yet looked at, with the length that it wrote) and, with
 IN_ORDER, `order` (offered, oldest first). They know nothing of a ring's format.
 
 A device that misbehaves is counted (`bad_*`), never trusted: an id that is not out, a
@@ -139,37 +139,46 @@ def note_done(ring: Record, slot: int, length: int) -> int:
     its buffer was read, or written (virtio 1.2 §2.7.9, §2.8.8).
     """
     if int(ring["in_order"]) == 0:
-        return _to_done(ring, slot, length)
+        return _came_back(ring, slot, length)
     skipped = int(ring["buffer_len"]) if int(ring["write"]) != 0 else 0
     descriptors = 0
     while True:
         oldest = pop_order(ring)
         if oldest == slot:
-            return descriptors + _to_done(ring, slot, length)
-        descriptors += _to_done(ring, oldest, skipped)
+            return descriptors + _came_back(ring, slot, length)
+        descriptors += _came_back(ring, oldest, skipped)
 
 
 @jit
-def _to_done(ring: Record, slot: int, length: int) -> int:
+def _came_back(ring: Record, slot: int, length: int) -> int:
     addr = int(ring["out"]) + 2 * slot
     descriptors = load_u16(addr)
     store_u16(addr, 0)
-    tail = int(ring["done_tail"])
-    entry = int(ring["done"]) + 8 * (tail & int(ring["queue_mask"]))
-    store_u64(entry, length << _LENGTH_SHIFT | slot)
-    ring["done_tail"] = tail + 1
+    if int(ring["write"]) != 0:
+        _to_done(ring, slot, length)
+    else:
+        free_slot(ring, slot)
+        ring["bad_len"] += int(length != 0)
     return descriptors
 
 
 @jit
+def _to_done(ring: Record, slot: int, length: int) -> None:
+    tail = int(ring["done_tail"])
+    entry = int(ring["done"]) + 8 * (tail & int(ring["queue_mask"]))
+    store_u64(entry, length << _LENGTH_SHIFT | slot)
+    ring["done_tail"] = tail + 1
+
+
+@jit
 def done_slots(ring: Record) -> int:
-    """How many slots are done and wait to be looked at."""
+    """How many buffers were filled and wait to be looked at."""
     return int(ring["done_tail"]) - int(ring["done_head"])
 
 
 @jit
 def peek_done(ring: Record, ahead: int) -> tuple[int, int]:
-    """A slot that is done, `ahead` of them before it, and the bytes written to it."""
+    """A slot that was filled, `ahead` of them before it, and how many bytes it has."""
     position = int(ring["done_head"]) + ahead
     entry = load_u64(int(ring["done"]) + 8 * (position & int(ring["queue_mask"])))
     return entry & IDX_MASK, entry >> _LENGTH_SHIFT
@@ -212,6 +221,8 @@ def entries_of(ring: Record, length: int) -> int:
 @jit
 def end_of(ring: Record, length: int, entries: int, i: int) -> int:
     """Where piece `i` of so many ends in the buffer; the next begins there."""
+    if i + 1 == entries:
+        return length
     apart = int(ring["header_apart"])
     header = int(ring["header_len"]) if apart != 0 else 0
     return header + (length - header) * (i + 1 - apart) // (entries - apart)

@@ -258,9 +258,12 @@ def _generate_raw(generator: Record, ring: Record, room: int) -> int:
     first = int(generator["next"])
     word = _word(int(generator["flow"]), first)
     slot = raw_next(ring)
+    size = int(ring["size"])
     for i in range(count):
         store_any_u64(words + slot * stride, word + i)
-        slot = _after(ring, slot)
+        slot += 1
+        if slot == size:
+            slot = 0
     raw_offer(ring, count, header + int(generator["min_len"]))
     publish(ring)
     generator["next"] = first + count
@@ -359,12 +362,15 @@ def _collect_raw(sink: Record, ring: Record) -> int:
     stride = int(ring["stride"])
     words = int(ring["buffers"]) + int(ring["header_len"]) + WORD_OFFSET
     slot = raw_oldest(ring)
+    size = int(ring["size"])
     wanted = -1
     run = 0
     last = -1
     for _ in range(count):
         word = load_any_u64(words + slot * stride)
-        slot = _after(ring, slot)
+        slot += 1
+        if slot == size:
+            slot = 0
         if word == wanted:
             wanted += 1
             run += 1
@@ -379,12 +385,6 @@ def _collect_raw(sink: Record, ring: Record) -> int:
     publish(ring)
     sink["frames"] += count
     return count
-
-
-@jit
-def _after(ring: Record, slot: int) -> int:
-    """The slot at the position behind that of `slot`."""
-    return 0 if slot + 1 == int(ring["size"]) else slot + 1
 
 
 @jit
