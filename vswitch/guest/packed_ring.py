@@ -309,11 +309,36 @@ def raw_arrived(ring: Record, most: int) -> int:
 @jit
 def raw_offer(ring: Record, count: int, length: int) -> None:
     """Offer the next `count` slots, not yet visible."""
+    index = int(ring["avail_idx"])
+    _put(ring, _raw_gpa(ring, index), length, index, int(ring["write"]))
+    size = int(ring["size"])
     stride = int(ring["stride"])
-    for _ in range(count):
-        slot = int(ring["avail_idx"])
-        gpa = int(ring["buffers_gpa"]) + slot * stride
-        _put(ring, gpa, length, slot, int(ring["write"]))
+    lap = int(ring["avail_lap"])
+    index = int(ring["avail_idx"])
+    flags = int(ring["write"]) | _flags_of(lap, used=False)
+    gpa = _raw_gpa(ring, index)
+    entry = int(ring["desc"]) + DESC_SIZE * index
+    for _ in range(count - 1):
+        store_u64(entry + _ADDR, gpa)
+        # Length, id and flags: what is behind the flags held back needs no order.
+        store_u64(entry + _LEN, length | index << 32 | flags << 48)
+        index += 1
+        gpa += stride
+        entry += DESC_SIZE
+        if index == size:
+            index = 0
+            lap = 1 - lap
+            flags ^= DESC_F_AVAIL | DESC_F_USED
+            gpa = _raw_gpa(ring, 0)
+            entry = int(ring["desc"])
+    ring["avail_idx"] = index
+    ring["avail_lap"] = lap
+    ring["unpublished"] += count - 1
+
+
+@jit
+def _raw_gpa(ring: Record, slot: int) -> int:
+    return int(ring["buffers_gpa"]) + slot * int(ring["stride"])
 
 
 @jit
