@@ -36,6 +36,7 @@ FORBIDDEN = (
     ("vswitch.datapath", "vswitch.worker"),
     ("vswitch.datapath", "vswitch.control"),
     ("vswitch.control", "vswitch.manager"),
+    ("vswitch.guest", "ports.vhost.packed"),
     ("vswitch.guest", "ports.vhost.split"),
     ("vswitch.guest", "ports.vhost.session"),
     ("vswitch.guest", "vswitch.datapath"),
