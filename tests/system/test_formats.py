@@ -8,7 +8,7 @@ from scapy.packet import Raw
 
 from tests.system.net import Stream, exchange_both_ways, frame
 from vswitch.guest import DEFAULT_FEATURES, OFFLOADS, NetHeader, Shape
-from vswitch.guest.header import GSO_TCPV4, GSO_TCPV6, NEEDS_CSUM
+from vswitch.guest.header import GSO_TCPV4, GSO_TCPV6, GSO_UDP_L4, NEEDS_CSUM
 
 IN_ORDER = 1 << 35
 ABLE = {"features": DEFAULT_FEATURES | OFFLOADS, "tx_buffer_len": 65600}
@@ -110,6 +110,13 @@ def super_frame(sender, receiver, version):
     return data, NetHeader(NEEDS_CSUM, gso_type, start + 20, MSS, start, 16)
 
 
+def datagrams(sender, receiver, version):
+    """Many datagrams in one frame."""
+    packet = stack(sender, receiver, version) / UDP(sport=1, dport=2)
+    data, start = with_half_a_checksum(packet / Raw(PAYLOAD), UDP, 6)
+    return data, NetHeader(NEEDS_CSUM, GSO_UDP_L4, start + 8, MSS, start, 6)
+
+
 def datagram(sender, receiver, version):
     packet = stack(sender, receiver, version) / UDP(sport=1, dport=2)
     data, start = with_half_a_checksum(packet / Raw(PAYLOAD[:999]), UDP, 6)
@@ -130,10 +137,11 @@ def test_offloads_pass_between_guests_that_take_them(net, one, other, version):
     a, b = net.guest("a", **ABLE | one), net.guest("b", **ABLE | other)
     net.pin(a, b)
     for sender, receiver in ((a, b), (b, a)):
-        sent = [make(sender, receiver, version) for make in (super_frame, datagram)]
+        makes = (super_frame, datagrams, datagram)
+        sent = [make(sender, receiver, version) for make in makes]
         frames, headers = zip(*sent, strict=True)
         sender.send_all(frames, headers=headers)
-        arrived = receiver.receive_with_headers(timeout=10.0, at_least=2)
+        arrived = receiver.receive_with_headers(timeout=10.0, at_least=3)
         assert [frame for _, frame in arrived] == list(frames)
         whole = int(receiver.rings[0]["buffer_len"])
         buffers = [-(-(len(frame) + 12) // whole) for frame in frames]
@@ -150,19 +158,21 @@ def test_offloads_are_lowered_for_a_guest_that_does_not_take_them(
 ):
     a, b = net.guest("a", **ABLE | one), net.guest("b", **other)
     net.pin(a, b)
-    sent = [make(a, b, version) for make in (super_frame, datagram)]
-    frames, headers = zip(*sent, strict=True)
+    makes = (super_frame, datagrams, datagram)
+    frames, headers = zip(*(make(a, b, version) for make in makes), strict=True)
     a.send_all(frames, headers=headers)
     segments = -(-len(PAYLOAD) // MSS)
-    arrived = b.receive_with_headers(timeout=10.0, at_least=segments + 1)
+    arrived = b.receive_with_headers(timeout=10.0, at_least=2 * segments + 1)
     assert {header for header, _ in arrived} == {NetHeader(num_buffers=1)}
-    *cut, last = [frame for _, frame in arrived]
-    for data in (*cut, last):
+    for _, data in arrived:
         assert_checksums_are_right(data)
-    pieces = [Ether(data)[TCP] for data in cut]
+    packets = [Ether(data) for _, data in arrived]
+    pieces = [packet[TCP] for packet in packets if TCP in packet]
     assert b"".join(bytes(piece.payload) for piece in pieces) == PAYLOAD
     assert [piece.seq for piece in pieces] == [1000 + MSS * n for n in range(segments)]
-    assert bytes(Ether(last)[UDP].payload) == PAYLOAD[:999]
+    *cut, last = [bytes(packet[UDP].payload) for packet in packets if UDP in packet]
+    assert cut == [PAYLOAD[at : at + MSS] for at in range(0, len(PAYLOAD), MSS)]
+    assert last == PAYLOAD[:999]
     counters = net.switch.counters("b")
-    assert counters["tx_gso_split"] == counters["tx_csum_completed"] == 1
-    assert counters["tx_gso_segments"] == segments
+    assert (counters["tx_gso_split"], counters["tx_csum_completed"]) == (2, 1)
+    assert counters["tx_gso_segments"] == 2 * segments

@@ -26,16 +26,14 @@ NEEDS_CSUM: Final = virtio.NET_HDR_F_NEEDS_CSUM
 DATA_VALID: Final = 2
 GSO_NONE: Final = virtio.NET_HDR_GSO_NONE
 GSO_TCPV4: Final = virtio.NET_HDR_GSO_TCPV4
-GSO_UDP: Final = 3
+GSO_UDP: Final = virtio.NET_HDR_GSO_UDP
 GSO_TCPV6: Final = virtio.NET_HDR_GSO_TCPV6
-GSO_UDP_L4: Final = 5
+GSO_UDP_L4: Final = virtio.NET_HDR_GSO_UDP_L4
 GSO_ECN: Final = virtio.NET_HDR_GSO_ECN
 
+# Not offered by this switch.
 _GUEST_UFO: Final = 1 << 10
 _HOST_UFO: Final = 1 << 14
-_GUEST_USO4: Final = 1 << 54
-_GUEST_USO6: Final = 1 << 55
-_HOST_USO: Final = 1 << 56
 
 _GUEST_TSO: Final = virtio.F_GUEST_TSO4 | virtio.F_GUEST_TSO6
 _HOST_TSO: Final = virtio.F_HOST_TSO4 | virtio.F_HOST_TSO6
@@ -46,26 +44,26 @@ _NEEDS: Final = {
     virtio.F_GUEST_TSO6: virtio.F_GUEST_CSUM,
     virtio.F_GUEST_ECN: _GUEST_TSO,
     _GUEST_UFO: virtio.F_GUEST_CSUM,
-    _GUEST_USO4: virtio.F_GUEST_CSUM,
-    _GUEST_USO6: virtio.F_GUEST_CSUM,
+    virtio.F_GUEST_USO4: virtio.F_GUEST_CSUM,
+    virtio.F_GUEST_USO6: virtio.F_GUEST_CSUM,
     virtio.F_HOST_TSO4: virtio.F_CSUM,
     virtio.F_HOST_TSO6: virtio.F_CSUM,
     virtio.F_HOST_ECN: _HOST_TSO,
     _HOST_UFO: virtio.F_CSUM,
-    _HOST_USO: virtio.F_CSUM,
+    virtio.F_HOST_USO: virtio.F_CSUM,
 }
 
 # Everything that a guest may leave to others: to whom it sends, and who sends to it.
 SEND_OFFLOADS: Final = (
-    virtio.F_CSUM | _HOST_TSO | virtio.F_HOST_ECN | _HOST_UFO | _HOST_USO
+    virtio.F_CSUM | _HOST_TSO | virtio.F_HOST_ECN | _HOST_UFO | virtio.F_HOST_USO
 )
 RECEIVE_OFFLOADS: Final = (
     virtio.F_GUEST_CSUM
     | _GUEST_TSO
     | virtio.F_GUEST_ECN
     | _GUEST_UFO
-    | _GUEST_USO4
-    | _GUEST_USO6
+    | virtio.F_GUEST_USO4
+    | virtio.F_GUEST_USO6
 )
 OFFLOADS: Final = SEND_OFFLOADS | RECEIVE_OFFLOADS
 
