@@ -98,11 +98,12 @@ def frames(guest, target, count, size):
     return [head + bytes([n % 255 + 1] * (size - 14)) for n in range(count)]
 
 
+@pytest.mark.parametrize("packed", [False, True], ids=["split", "packed"])
 @pytest.mark.parametrize("size", [64, 1500, 9000])
-def test_no_written_page_is_missed_while_the_log_is_cleared(net, copier, size):
+def test_no_written_page_is_missed_while_the_log_is_cleared(net, copier, packed, size):
     # Nobody but the switch writes to the receiver: its buffers are posted already.
     a = net.guest("a", tx_buffer_len=16384)
-    b = net.guest("b", queue_size=FRAMES)
+    b = net.guest("b", queue_size=FRAMES, packed=packed)
     net.pin(a, b)
     copying = copier(b)
     copying.begin()
