@@ -55,7 +55,7 @@ def namespace():
 @pytest.fixture
 def uplink_lab(short_path, guest_image, namespace):
     """A switch in a namespace, where its tap is."""
-    with Lab(short_path, guest_image, namespace.prefix) as it:
+    with Lab(short_path, guest_image, prefix=namespace.prefix) as it:
         yield it
 
 

@@ -10,8 +10,8 @@ from vswitch.demo.qemu import Machine, QemuGuest
 class Lab(Switch):
     """A running switch and what is plugged into it."""
 
-    def __init__(self, directory, image=None, prefix=()):
-        super().__init__(directory, prefix=prefix)
+    def __init__(self, directory, image=None, *options, prefix=()):
+        super().__init__(directory, *options, prefix=prefix)
         self._image = image
         self._owned = ExitStack()
 
@@ -34,6 +34,15 @@ class Lab(Switch):
             if wait:
                 guest.wait_ready()
         return guests
+
+    def plug(self, guest, device=""):
+        """Put a network device into a running guest; its driver and address come up."""
+        guest.plug_device(device)
+        guest.check(
+            "until [ -e /sys/class/net/eth0 ]; do sleep 0.05; done;"
+            f" ip address add {guest.machine.address} dev eth0 && ip link set eth0 up"
+        )
+        self.wait_for_state(guest.machine.name, "up")
 
     def machine(self, number, **options):
         """Guest number 1, 2 ...: vm1 with 10.77.0.1 and so on."""

@@ -24,7 +24,7 @@ from vswitch.errors import VswitchError
 QEMU: Final = "qemu-system-x86_64"
 _BOOT_S: Final = 60.0  # a guest boots in 4 s; tests may run beside other work
 _COMMAND_S: Final = 30.0
-_NO_OFFLOADS: Final = ",".join(
+NO_OFFLOADS: Final = ",".join(
     f"{name}=off"
     for name in (
         *("csum", "guest_csum", "gso", "guest_tso4", "guest_tso6", "guest_ecn"),
@@ -355,7 +355,7 @@ def _device(machine: Machine) -> str:
         "bootindex=0" if machine.from_network else "romfile=",
         "mq=on" if machine.queues > 1 else "",
         "packed=on" if machine.packed else "",
-        "" if machine.offloads else _NO_OFFLOADS,
+        "" if machine.offloads else NO_OFFLOADS,
         machine.device,
     )
     device = f"virtio-net-pci,id=nic0,netdev=net0,mac={machine.mac},vectors=0"
