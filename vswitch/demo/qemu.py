@@ -172,7 +172,7 @@ class QemuGuest:
         data = {"addr": path, "server": self.machine.server, **role}
         backend = {"type": "socket", "data": data}
         self._qmp.execute("chardev-add", id="port", backend=backend)
-        self._qmp.human(f"netdev_add {_backend(self.machine)}")
+        self._qmp.execute("netdev_add", **_backend(self.machine))
 
     def plug_device(self, device: str = "") -> None:
         """Put the network device into the running guest.
@@ -341,13 +341,16 @@ def _network(machine: Machine) -> Iterator[str]:
         return
     role = "server=on,wait=off" if machine.server else "reconnect=1"
     yield from ("-chardev", f"socket,id=port,path={machine.socket_path},{role}")
-    yield from ("-netdev", _backend(machine))
+    yield from ("-netdev", ",".join(f"{k}={v}" for k, v in _backend(machine).items()))
     yield from ("-device", _device(machine))
 
 
-def _backend(machine: Machine) -> str:
-    queues = f",queues={machine.queues}" if machine.queues > 1 else ""
-    return f"vhost-user,id=net0,chardev=port{queues}"
+def _backend(machine: Machine) -> dict[str, str | int]:
+    backend: dict[str, str | int]
+    backend = {"type": "vhost-user", "id": "net0", "chardev": "port"}
+    if machine.queues > 1:
+        backend["queues"] = machine.queues
+    return backend
 
 
 def _device(machine: Machine) -> str:
