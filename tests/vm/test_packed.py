@@ -1,9 +1,8 @@
-"""Packed rings, as Linux's driver and DPDK's use them."""
+"""Packed rings, as Linux's driver uses them."""
 
 import pytest
 
 from tests.vm.checks import assert_moves_a_file, assert_pings
-from tests.vm.test_dpdk import assert_frames_arrive, start_pair
 
 pytestmark = [pytest.mark.vm, pytest.mark.timeout(300)]
 
@@ -29,21 +28,3 @@ def test_a_packed_and_a_split_guest_talk(lab):
     assert_pings(one, "10.77.0.2")
     assert_moves_a_file(one, two)
     assert_moves_a_file(two, one)
-
-
-@pytest.mark.parametrize(
-    "options",
-    [
-        ("packed_vq=1",),
-        ("packed_vq=1", "mrg_rxbuf=0"),
-        ("packed_vq=1", "in_order=0"),
-        ("packed_vq=1", "in_order=0", "mrg_rxbuf=0"),
-        ("packed_vq=1", "vectorized=1"),
-        ("packed_vq=1", "queue_size=1024"),
-    ],
-    ids=str,
-)
-def test_frames_cross_the_switch_to_dpdk(dpdk_lab, options):
-    pair = start_pair(dpdk_lab, *options)
-    assert "ring_packed" in dpdk_lab.port("receiver")["features"]
-    assert_frames_arrive(dpdk_lab, *pair)

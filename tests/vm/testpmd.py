@@ -10,8 +10,13 @@ from contextlib import suppress
 from pathlib import Path
 
 TESTPMD = "dpdk-testpmd"
-# Its own memory, no devices, and both threads where they leave a core to a worker.
-_EAL_OPTIONS = "--no-pci --no-huge --no-telemetry -m 256 -l 0,1 --main-lcore=1"
+_EAL_OPTIONS = (
+    # Its own memory, no devices, and both threads where they leave a core to a worker.
+    *("--no-pci", "--no-huge", "--no-telemetry", "-m", "256"),
+    *("-l", "0,1", "--main-lcore=1"),
+    # Say which paths the driver takes, and take those with the widest vectors too.
+    *("--log-level=pmd.net.virtio.init:info", "--force-max-simd-bitwidth=512"),
+)
 _PROMPT = b"testpmd> "
 _START_S = 30.0
 _STATISTIC = re.compile(r"([RT]X-(?:packets|bytes|errors|dropped|missed)): +(\d+)")
@@ -24,8 +29,9 @@ def is_installed():
 class Testpmd:
     """One testpmd, driven at its prompt; use as a context manager.
 
-    `options` are those of the virtual device: `server=1`, `queues=2`, `mrg_rxbuf=0`.
-    `forward` is testpmd's forwarding mode: rxonly, txonly, io, macswap.
+    Its `name` is the port's. `options` are those of the virtual device: `server=1`,
+    `queues=2`, `mrg_rxbuf=0`. `forward` is testpmd's forwarding mode: rxonly, txonly,
+    io, macswap.
     """
 
     __test__ = False  # not a test, whatever its name looks like to pytest
@@ -34,11 +40,12 @@ class Testpmd:
         device = [f"net_virtio_user0,path={path}", *options]
         if mac:
             device.append(f"mac={mac}")
+        self.name = Path(path).stem
         # Its files are named after the prefix; it must differ between processes.
-        self._prefix = f"vswitch-{os.getpid()}-{Path(path).stem}-{time.monotonic_ns()}"
+        self._prefix = f"vswitch-{os.getpid()}-{self.name}-{time.monotonic_ns()}"
         command = [
             # It buffers what it prints into a pipe, but not its prompt.
-            *("stdbuf", "-oL", TESTPMD, *_EAL_OPTIONS.split()),
+            *("stdbuf", "-oL", TESTPMD, *_EAL_OPTIONS),
             *(f"--file-prefix={self._prefix}", f"--vdev={','.join(device)}", "--"),
             *("-i", "--total-num-mbufs=4096", f"--forward-mode={forward}", *arguments),
         ]
@@ -106,15 +113,16 @@ class Testpmd:
         self.close()
 
     def _read_prompt(self, timeout):
+        """What it says up to its next prompt; log lines may follow that at any time."""
         deadline = time.monotonic() + timeout
         with selectors.DefaultSelector() as selector:
             selector.register(self._process.stdout, selectors.EVENT_READ)
-            while not self._said.endswith(_PROMPT):
+            while _PROMPT not in self._said:
                 left = deadline - time.monotonic()
                 data = b""
                 if left > 0 and selector.select(left):
                     data = os.read(self._process.stdout.fileno(), 1 << 16)
                 assert data, f"testpmd went silent: {self._said[-1000:].decode()}"
                 self._said += data
-        said, self._said = self._said, b""
+        said, _, self._said = self._said.partition(_PROMPT)
         return said.decode()
