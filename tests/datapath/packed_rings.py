@@ -26,8 +26,6 @@ class PackedSide:
 
     def __init__(self, guest, number, offset, start):
         self.guest, self.size = guest, guest.size
-        row = guest.slot * RINGS_PER_PORT + number
-        self.record = guest.plane.shared.rings[row]
         self.desc, self.driver, self.device = offset, offset + 0x8000, offset + 0x8010
         self.next, self.lap = start & ~LAP, start >> 15
         self.seen, self.seen_lap = self.next, self.lap
@@ -37,6 +35,12 @@ class PackedSide:
             lap = self.lap if index < self.next else 1 - self.lap
             flags = (AVAIL | USED) * lap
             guest.write(offset + 16 * index, struct.pack("<QIHH", 0, 0, 0, flags))
+        self._attach(number, start)
+
+    def _attach(self, number, start):
+        guest = self.guest
+        row = guest.slot * RINGS_PER_PORT + number
+        self.record = guest.plane.shared.rings[row]
         base = guest.memory.ctypes.data
         for name, value in {
             "state": RING_STARTING,

@@ -24,14 +24,18 @@ class Side:
 
     def __init__(self, guest, number, offset):
         self.guest, self.size = guest, guest.size
-        row = guest.slot * RINGS_PER_PORT + number
-        self.record = guest.plane.shared.rings[row]
         self.desc = offset
         self.avail = offset + 16 * self.size
         self.used = self.avail + (6 + 2 * self.size + 63) // 64 * 64
         self.offered = self.seen = START
         guest.write(self.avail, struct.pack("<HH", 0, START))
         guest.write(self.used, struct.pack("<HH", 0, START))
+        self._attach(number)
+
+    def _attach(self, number):
+        guest = self.guest
+        row = guest.slot * RINGS_PER_PORT + number
+        self.record = guest.plane.shared.rings[row]
         base = guest.memory.ctypes.data
         for name, value in {
             "state": RING_STARTING,
@@ -79,6 +83,8 @@ class Side:
 class Guest:
     """Port `slot` of a plane, up, with both rings starting."""
 
+    gpa = GPA
+
     def __init__(
         self, plane, slot, features=DEFAULT, size=16, header_len=12, memory=None
     ):
@@ -88,7 +94,7 @@ class Guest:
         self.memory = np.zeros(MEMORY, np.uint8) if memory is None else memory
         row = slot * 2 * MAX_REGIONS
         region = plane.shared.regions[row]
-        region["gpa"], region["size"] = GPA, len(self.memory)
+        region["gpa"], region["size"] = self.gpa, len(self.memory)
         region["addr"] = self.memory.ctypes.data
         port = plane.shared.ports[slot]
         port["kind"], port["up"], port["pairs"] = KIND_VHOST_USER, 1, 1
@@ -108,7 +114,7 @@ class Guest:
     def put(self, offset, data):
         """Write `data` into guest memory; its guest-physical address."""
         self.write(offset, data)
-        return GPA + offset
+        return self.gpa + offset
 
     def send(self, frame, index=0, offset=0x20000):
         """Offer one frame in the plainest shape."""
@@ -119,7 +125,7 @@ class Guest:
     def post(self, count, length=2048, base=0x40000):
         """Offer `count` receive buffers of `length` bytes, heads 0 to count - 1."""
         for i in range(count):
-            self.rx.describe(i, GPA + base + i * length, length, WRITE)
+            self.rx.describe(i, self.gpa + base + i * length, length, WRITE)
         self.rx.offer(*range(count))
 
     def buffer(self, index, length, size=2048, base=0x40000):

@@ -100,68 +100,6 @@ def test_payloads_of_a_wrong_size_are_refused(scene):
                 assert is_refused(frontend, raw(request, bytes(wrong)))
 
 
-# Checklist 17, S17, S19.
-@pytest.mark.parametrize(
-    "data",
-    [
-        raw(Request.GET_FEATURES, size=4097),
-        raw(Request.SET_FEATURES, size=0xFFFFFFFF),
-        raw(Request.GET_FEATURES, flags=0),
-        raw(Request.GET_FEATURES, flags=2),
-        raw(Request.GET_FEATURES, flags=VERSION | REPLY),
-        b"\xff" * 12,
-        bytes(12),
-        b"GET / HTTP/1.1\r\n\r\n",
-    ],
-    ids=range(8),
-)
-def test_a_header_that_cannot_be_followed_ends_the_connection(scene, data):
-    net, victim = scene
-    with make_front_end(net, victim) as frontend:
-        assert_cut_off(frontend, data)
-
-
-# Checklist 19.
-@pytest.mark.parametrize("request_id", [0, 22, 44, 60, 77, 1 << 31, 0xFFFFFFFF])
-def test_unknown_requests_are_refused_or_end_the_connection(scene, request_id):
-    net, victim = scene
-    with make_front_end(net, victim) as frontend:
-        for payload in (None, U64(0)):
-            with pytest.raises(GuestError, match=REFUSED):
-                frontend.request(request_id, payload)
-        frontend.barrier()
-        assert_cut_off(frontend, encode_request(request_id))
-
-
-# Checklist 15, 16.
-def test_each_request_is_answered_exactly_once(scene):
-    net, _ = scene
-    with contextlib.closing(Frontend.connect(net.switch.socket("c"))) as frontend:
-        frontend.send_raw(raw(Request.SET_OWNER))  # REPLY_ACK is not negotiated yet
-        frontend.send_raw(raw(Request.GET_FEATURES))
-        frontend.barrier()  # the next answer is one of these two
-        frontend._receive(Request.GET_FEATURES)
-        frontend._sock.settimeout(0.1)
-        with pytest.raises(GuestError, match="timed out"):
-            frontend._receive(Request.GET_FEATURES)
-
-
-# Checklist 18, S1, S2.
-@pytest.mark.parametrize("count", [1, 2, 9, 33, 253])
-def test_descriptors_that_do_not_belong_are_closed(scene, count):
-    net, victim = scene
-    spare = eventfd()
-    payloads = {VringState: VringState(0, 1), VringFd: VringFd(0, True), U64: U64(0)}
-    for request in SERVED:
-        if count <= RULES[request].max_fds:
-            continue
-        payload = payloads.get(RULES[request].payload)
-        with make_front_end(net, victim) as frontend:
-            data = encode_request(request, payload, need_reply=True)
-            assert is_refused(frontend, data, [spare] * count)
-    os.close(spare)
-
-
 @pytest.mark.parametrize(
     "request_id",
     [Request.SET_VRING_KICK, Request.SET_VRING_CALL, Request.SET_VRING_ERR],
@@ -343,19 +281,3 @@ def test_who_asks_and_never_reads_holds_up_nobody_else(scene):
             fill(frontend.send_raw, question * 1000)
         exchange_both_ways(*net.guests[:2])
         assert status_kib(net.switch.pid, "VmRSS") < 60 << 10
-
-
-# Checklist 12, 13.
-def test_messages_may_come_in_any_cut(scene):
-    net, victim = scene
-    with make_front_end(net, victim) as frontend:
-        two = encode_request(Request.SET_VRING_NUM, VringState(0, 64))
-        two += encode_request(Request.GET_FEATURES)
-        for cut in range(len(two)):
-            frontend.send_raw(two[:cut])
-            frontend.send_raw(two[cut:])
-            frontend._receive(Request.GET_FEATURES)
-        for byte in two:
-            frontend.send_raw(bytes([byte]))
-        frontend._receive(Request.GET_FEATURES)
-        assert frontend.protocol_features & PF_REPLY_ACK
