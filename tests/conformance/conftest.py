@@ -4,8 +4,11 @@ After each test the witnesses forward, every frame is accounted for, no worker h
 and the processes hold as many descriptors and mappings as before the test.
 """
 
+from pathlib import Path
+
 import pytest
 
+from tests import requirements
 from tests.conformance.hand import HandGuest, PackedHandGuest
 from tests.switch import Switch, remove_directory, short_directory
 from tests.system.net import Net, assert_footprint, exchange_both_ways, footprint
@@ -84,6 +87,21 @@ class Scene(Net):
         for one in (*self._by_hand, *self._frontends):
             one.close()
         super().close()
+
+
+@pytest.fixture
+def huge_pages():
+    """Sixteen huge pages that nobody uses."""
+    requirements.require_root()
+    setting = Path("/proc/sys/vm/nr_hugepages")
+    before = int(setting.read_text())
+    setting.write_text(str(before + 16))
+    try:
+        if int(setting.read_text()) < before + 16:
+            pytest.skip("needs 32 MiB of memory that can become huge pages")
+        yield
+    finally:
+        setting.write_text(str(before))
 
 
 @pytest.fixture

@@ -1,8 +1,5 @@
-from pathlib import Path
-
 import pytest
 
-from tests import requirements
 from tests.switch import Switch, remove_directory, short_directory
 from tests.system.net import Net
 
@@ -52,21 +49,6 @@ def own_net(start):
     yield make
     for net in nets:
         next(net, None)
-
-
-@pytest.fixture
-def huge_pages():
-    """Sixteen huge pages that nobody uses."""
-    requirements.require_root()
-    setting = Path("/proc/sys/vm/nr_hugepages")
-    before = int(setting.read_text())
-    setting.write_text(str(before + 16))
-    try:
-        if int(setting.read_text()) < before + 16:
-            pytest.skip("needs 32 MiB of memory that can become huge pages")
-        yield
-    finally:
-        setting.write_text(str(before))
 
 
 def _net(switch):

@@ -9,7 +9,6 @@ import struct
 import pytest
 
 from ports.vhost.messages import (
-    PF_REPLY_ACK,
     RULES,
     U64,
     MemTable,
@@ -27,7 +26,7 @@ from tests.system.net import (
     status_kib,
 )
 from vswitch.guest import GuestError
-from vswitch.guest.frontend import Frontend, RingSetup, eventfd
+from vswitch.guest.frontend import Frontend, RingSetup
 
 NEED_REPLY, REPLY, VERSION = 8, 4, 1
 SERVED = [request for request in RULES if RULES[request].needs in (0, 1, 16, 1 << 16)]
@@ -124,49 +123,6 @@ def test_anything_but_an_eventfd_is_refused(scene, request_id, kind):
         os.close(fd)
     one.close()
     other.close()
-
-
-# Checklist 21, 27, S6, S7, S8, S9, S10.
-def bad_tables(region):
-    def row(**changes):
-        return dataclasses.replace(region, **changes)
-
-    page, top = 4096, 1 << 64
-    small = row(size=page)
-    return {
-        "no rows": ([], 1),
-        "no descriptors": ([region], 0),
-        "a descriptor more": ([region], 2),
-        "a row more": ([small, row(gpa=0, frontend_va=0, size=page)], 1),
-        "33 rows": (
-            [row(gpa=n << 20, frontend_va=n << 20, size=page) for n in range(33)],
-            33,
-        ),
-        "empty": ([row(size=0)], 1),
-        "same guest addresses": ([small, row(frontend_va=0, size=page)], 2),
-        "same front-end addresses": ([small, row(gpa=0, size=page)], 2),
-        "guest addresses wrap": ([row(gpa=top - page)], 1),
-        "front-end addresses wrap": ([row(frontend_va=top - page)], 1),
-        "behind the end": ([row(mmap_offset=page)], 1),
-        "far behind the end": ([row(mmap_offset=top - page)], 1),
-        "larger than the file": ([row(size=region.size + 1)], 1),
-        "largest": ([row(gpa=0, frontend_va=0, size=top - 1)], 1),
-    }
-
-
-def test_a_bad_memory_table_is_refused_and_the_old_one_stays(scene):
-    net, victim = scene
-    (region,) = victim.memory.table.regions
-    for name, (rows, count) in bad_tables(region).items():
-        with make_front_end(net, victim) as frontend:
-            victim.frontend = frontend
-            if not victim.layouts:
-                victim._lay_out(frontend.features)
-            victim.start()
-            with pytest.raises(GuestError, match=REFUSED):
-                frontend.set_memory(MemTable(tuple(rows)), [victim.memory.fd] * count)
-            assert net.switch.port("c")["state"] == "up", name
-    victim.frontend = None
 
 
 @pytest.mark.parametrize("kind", ["pipe", "directory", "device", "hole", "too large"])

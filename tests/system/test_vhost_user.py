@@ -2,14 +2,12 @@
 
 import dataclasses
 import itertools
-import os
 import random
 
 import pytest
 
 from ports.vhost.messages import MemTable
 from tests.system.net import (
-    HUGE,
     RECEIVER,
     SENDER,
     Stream,
@@ -18,9 +16,7 @@ from tests.system.net import (
     footprint,
 )
 from vswitch.guest import DEFAULT_FEATURES
-from vswitch.guest import memory as guest_memory
 from vswitch.guest.frontend import DEFAULT_ORDER, Frontend
-from vswitch.guest.memory import HOLE
 
 MQ = 1 << 22
 
@@ -158,17 +154,6 @@ def test_a_receiver_can_be_removed_while_others_flow_in_order(net):
     assert 0 <= lost <= net.switch.counters("b")["tx_drop_ring_full"]
 
 
-@pytest.mark.parametrize(("regions", "gap"), [(3, HOLE), (4, 0), (8, 0), (32, HOLE)])
-def test_memory_may_lie_in_several_regions(net, regions, gap):
-    options = {"regions": regions, "gap": gap, "queue_size": 64}
-    a, b = net.guest("a", **options), net.guest("b", **options)
-    exchange_both_ways(a, b)
-    with Stream((a, b), (b, a), raw=False, verify=True, length=(60, 1514)) as flow:
-        flow.wait_for_more(net.switch)
-        totals = flow.stop()
-    assert totals.corrupt == totals.reordered == totals.duplicates == 0
-
-
 def test_a_region_may_begin_in_the_middle_of_a_page_of_its_file(net):
     a, b = net.guest("a"), net.prepared("b")
     b.memory.allocate(0x1800)  # nothing of it is told
@@ -183,24 +168,6 @@ def test_a_region_may_begin_in_the_middle_of_a_page_of_its_file(net):
     b.memory.table = MemTable((begins,))
     b.open()
     exchange_both_ways(a, b)
-
-
-def test_huge_pages_are_mapped_at_their_own_boundaries(net, monkeypatch, huge_pages):
-    plain, make = net.guest("a"), os.memfd_create
-    monkeypatch.setattr(guest_memory, "PAGE", HUGE)
-    monkeypatch.setattr(
-        os, "memfd_create", lambda name, flags: make(name, flags | os.MFD_HUGETLB)
-    )
-    b = net.guest("b", regions=2, queue_size=64)
-    assert os.fstat(b.memory.fd).st_blksize == HUGE
-    exchange_both_ways(plain, b)
-    b.memory.table = MemTable(  # not whole huge pages any more
-        tuple(
-            dataclasses.replace(r, size=r.size - 4096) for r in b.memory.table.regions
-        )
-    )
-    b.frontend.set_memory(b.memory.table, [b.memory.fd] * 2)
-    exchange_both_ways(plain, b)
 
 
 def test_ring_messages_may_come_in_every_order(net):
@@ -221,14 +188,3 @@ def test_memory_may_come_after_the_rings(net):
     assert net.switch.port("b")["state"] == "waiting-for-driver"
     b.frontend.set_memory(b.memory.table, [b.memory.fd])
     exchange_both_ways(a, b)
-
-
-def test_the_same_memory_table_again_maps_nothing_new(net):
-    a, b = net.pair()
-    before = footprint(net.switch)
-    with Stream((a, b)) as flow:
-        for _ in range(100):
-            b.frontend.set_memory(b.memory.table, [b.memory.fd])
-        flow.wait_for_more(net.switch)
-        assert flow.stop().clean
-    assert_footprint(net.switch, before)
