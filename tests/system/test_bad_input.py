@@ -148,35 +148,6 @@ def test_memory_that_cannot_be_mapped_is_refused(scene, kind, tmp_path):
         os.close(one)
 
 
-# Checklist 47, 48, S4, S5.
-@pytest.mark.parametrize("size", [0, 3, 255, 65535, 65536, 1 << 31])
-def test_a_ring_size_that_cannot_be_is_refused(scene, size):
-    net, victim = scene
-    with (
-        make_front_end(net, victim) as frontend,
-        pytest.raises(GuestError, match=REFUSED),
-    ):
-        frontend.request(Request.SET_VRING_NUM, VringState(0, size))
-
-
-@pytest.mark.parametrize("index", [16, 255, 256, 65536, 0xFFFFFFFF])
-def test_a_ring_that_does_not_exist_is_refused(scene, index):
-    net, victim = scene
-    setters = (
-        Request.SET_VRING_NUM,
-        Request.SET_VRING_BASE,
-        Request.SET_VRING_ENABLE,
-    )
-    with make_front_end(net, victim) as frontend:
-        for request in setters:
-            with pytest.raises(GuestError, match=REFUSED):
-                frontend.request(request, VringState(index, 1))
-        with pytest.raises(GuestError, match=REFUSED):
-            frontend.request(Request.SET_VRING_ADDR, VringAddr(index, 0, 0, 0, 0, 0))
-        with pytest.raises(GuestError, match=HUNG_UP):
-            frontend.stop_ring(index)
-
-
 # Checklist S12.
 @pytest.mark.parametrize("part", ["desc", "avail", "used"])
 @pytest.mark.parametrize("where", ["outside", "across the end", "wrapping", "odd"])

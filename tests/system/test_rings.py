@@ -1,11 +1,9 @@
 """Rings of a port: stopped, disabled, reset, of any feature, and several of them."""
 
-import os
-
 import pytest
 
 from ports.vhost.features import feature_names
-from ports.vhost.messages import U64, Request, VringState
+from ports.vhost.messages import U64, Request
 from tests.system.net import (
     SENDER,
     Stream,
@@ -14,23 +12,10 @@ from tests.system.net import (
     frame,
 )
 from vswitch.guest import DEFAULT_FEATURES, GuestError
-from vswitch.guest.frontend import Frontend
 
 MRG, MQ, INDIRECT, EVENT_IDX = 1 << 15, 1 << 22, 1 << 28, 1 << 29
 PROTOCOL_FEATURES, VERSION_1 = 1 << 30, 1 << 32
 EVERYTHING = DEFAULT_FEATURES
-
-
-def test_a_ring_without_a_kick_is_polled(net):
-    a, b = net.prepared("a"), net.guest("b")
-    for ring in a.rings:
-        os.close(int(ring["kick_fd"]))
-    a.rings["kick_fd"] = -1
-    a.open()
-    for number in range(40):
-        one = frame(b, a, 60, number)
-        a.send(one)
-        assert b.receive(timeout=0.7) == [one]
 
 
 def test_a_disabled_receive_queue_gets_nothing_until_it_is_enabled(net):
@@ -53,61 +38,6 @@ def test_what_a_disabled_transmit_queue_sends_is_dropped_until_it_is_enabled(net
     a.enable(1, on=True)
     exchange_both_ways(a, b)
     assert net.switch.counters("a")["rx_drop_disabled"] == 5
-
-
-def test_with_all_queues_disabled_the_rings_are_left_alone(net):
-    # How cloud-hypervisor pauses a guest.
-    a, b = net.pair()
-    for index in (0, 1):
-        a.enable(index, on=False)
-    positions = [layout.device_position() for layout in a.layouts]
-    frames = [frame(b, a, 60 + n) for n in range(5)]
-    a.send(frames)
-    exchange_both_ways(b, net.guest("c"))
-    assert [layout.device_position() for layout in a.layouts] == positions
-    for index in (1, 0):  # the other way round, what waits would be dropped
-        a.enable(index, on=True)
-    assert b.receive(timeout=10.0, at_least=5) == frames
-
-
-def test_rings_go_on_exactly_where_they_were_stopped(net):
-    a, b = net.pair({"start_index": 65500}, {"start_index": 65000})
-    with Stream((a, b)) as flow:
-        for number in range(60):
-            guest = (a, b)[number % 2]
-            flow.wait_for_more(net.switch, 2000)
-            bases = guest.stop()
-            assert bases == [layout.device_position() for layout in guest.layouts]
-            guest.start()
-        flow.wait_for_more(net.switch)
-        totals = flow.stop()
-    assert (totals.reordered, totals.duplicates, totals.foreign) == (0, 0, 0)
-    net.switch.assert_copies_balance("a", "b", totals.sent, totals.received)
-
-
-def test_a_ring_that_never_ran_gives_back_the_position_that_it_was_given(net):
-    a, b = net.guest("a"), net.guest("b", start_index=500)
-    exchange_both_ways(a, b)
-    b.disconnect()
-    net.switch.wait_for_state("b", "waiting-for-frontend")
-    frontend = Frontend.connect(net.switch.socket("b"))
-    assert [frontend.stop_ring(index) for index in range(16)] == [0] * 16
-    frontend.request(Request.SET_VRING_BASE, VringState(3, 1234))
-    assert frontend.stop_ring(3) == 1234
-    frontend.close()
-    b.open()
-    exchange_both_ways(a, b)
-
-
-@pytest.mark.parametrize("base", [0, 777])
-def test_a_wrong_position_at_a_reconnect_does_no_harm(net, base):
-    # virtio-user says 0, cloud-hypervisor the available index.
-    a, b = net.guest("a"), net.guest("b")
-    exchange_both_ways(a, b)
-    for guest in (a, b):
-        guest.disconnect()
-        guest.open(base=base)
-    exchange_both_ways(a, b)
 
 
 def test_a_driver_may_reset_again_and_again(net):

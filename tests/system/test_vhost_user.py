@@ -2,7 +2,6 @@
 
 import dataclasses
 import itertools
-import random
 
 import pytest
 
@@ -15,41 +14,11 @@ from tests.system.net import (
     exchange_both_ways,
     footprint,
 )
+from tests.system.quitter import quit_after
 from vswitch.guest import DEFAULT_FEATURES
 from vswitch.guest.frontend import DEFAULT_ORDER, Frontend
 
 MQ = 1 << 22
-
-
-class HangUpError(Exception):
-    pass
-
-
-class Quitter(Frontend):
-    """A front-end that dies after some messages, in the middle of the next."""
-
-    whole = 0  # messages before
-    part = 0  # bytes of the next
-
-    def send_raw(self, data, fds=()):
-        if self.whole == 0:
-            if self.part:
-                super().send_raw(data[: self.part], fds)
-            raise HangUpError
-        self.whole -= 1
-        super().send_raw(data, fds)
-
-
-def quit_after(guest, path, whole, part, ack):
-    """Attach a guest, but hang up at that message and byte."""
-    guest.frontend = Quitter.connect(path, ack=ack)
-    guest.frontend.whole, guest.frontend.part = whole, part
-    try:
-        guest._negotiate(guest.frontend)
-        guest.start()
-    except HangUpError:
-        pass
-    guest.disconnect()
 
 
 @pytest.mark.parametrize("mode", ["client", "server"])
@@ -71,25 +40,6 @@ def test_a_port_that_connects_waits_until_somebody_listens(net):
     b = net.behind(path, mode="server")
     b.open()
     exchange_both_ways(net.guest("a"), b)
-
-
-def test_front_ends_that_die_at_any_moment_leak_nothing(net):
-    path = net.add_port("b")
-    a, b = net.guest("a"), net.behind(path)
-    quit_after(b, path, 99, 0, ack=True)
-    net.switch.wait_for_state("b", "waiting-for-frontend")
-    before = footprint(net.switch)
-    moments = list(itertools.product(range(21), (0, 1, 11, 12, 13), (True, False)))
-    random.Random(1).shuffle(moments)
-    for number, (whole, part, ack) in enumerate(moments):
-        if number % 10 == 0:  # now and then other memory
-            net.forget(b)
-            b = net.behind(path)
-        quit_after(b, path, whole, part, ack)
-    net.switch.wait_for_state("b", "waiting-for-frontend")
-    assert_footprint(net.switch, before)
-    b.open()
-    exchange_both_ways(a, b)
 
 
 def test_ports_removed_while_a_front_end_sets_up_leak_nothing(net):
