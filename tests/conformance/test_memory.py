@@ -6,7 +6,7 @@ import os
 import pytest
 
 from ports.vhost.messages import MemTable
-from tests.conformance.wire import REFUSED
+from tests.conformance.wire import REFUSED, cut_region
 from tests.system.net import (
     BROADCAST,
     HUGE,
@@ -182,15 +182,8 @@ def test_25_two_regions_of_one_file_have_each_its_offset(net):
     """[M]"""
     guest = net.prepared_by_hand("a")
     (whole,) = guest.table.regions
-    cut = 0x40000  # receive buffers lie behind, everything else before
-    rings = replaced(whole, size=cut)
-    buffers = replaced(
-        whole,
-        gpa=whole.gpa + cut,
-        size=whole.size - cut,
-        frontend_va=0x1000_0000,
-        mmap_offset=cut,
-    )
+    # Receive buffers lie behind the cut, everything else before it.
+    rings, buffers = cut_region(whole, 0x40000)
     for rows in ((rings, buffers), (buffers, rings)):
         guest.table = MemTable(rows)
         guest.open()

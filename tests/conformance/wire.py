@@ -1,5 +1,6 @@
 """Messages as bytes: what a front-end may send, and what comes back."""
 
+import dataclasses
 import re
 import struct
 
@@ -50,3 +51,16 @@ def is_refused(frontend, request, payload=b"", fds=()):
         return ask(frontend, request, payload, fds) != bytes(8)
     except GuestError as error:
         return bool(HUNG_UP.search(str(error)))
+
+
+def cut_region(region, at):
+    """A region in two that touch only for the guest; the front-end has them apart."""
+    first = dataclasses.replace(region, size=at)
+    second = dataclasses.replace(
+        region,
+        gpa=region.gpa + at,
+        size=region.size - at,
+        frontend_va=0x1000_0000,
+        mmap_offset=at,
+    )
+    return first, second
