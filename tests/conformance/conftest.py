@@ -30,7 +30,7 @@ def witnesses(switch):
     """Two guests that behave, all the while."""
     net = Net(switch)
     try:
-        pair = net.guest("w1"), net.guest("w2")
+        pair = net.guest("w1", tx_buffer_len=9300), net.guest("w2")
         net.pin(*pair)
         yield pair
         net.check()
@@ -71,6 +71,13 @@ class Scene(Net):
         """Close a front-end and wait until its port is free for the next."""
         frontend.close()
         self.switch.wait_for_state(name, "waiting-for-frontend")
+
+    def wait_for_count(self, name, counter, count):
+        """Wait until a port's counter is that. Frames are seen before they are counted."""
+        self.switch.wait_for(
+            lambda: self.switch.counters(name)[counter] == count,
+            lambda: f"{counter} to be {count}: {self.switch.counters(name)}",
+        )
 
     def drain(self):
         """Take what was flooded to the witnesses."""

@@ -146,7 +146,7 @@ def test_33_a_disabled_pair_gets_nothing_and_sends_nothing(net, pair):
     sent = [frame(b, a, 60 + n) for n in range(5)]
     a.send_all(sent, queue=pair)
     a.wait_sent()
-    assert net.switch.counters("a")["rx_drop_disabled"] == 5
+    net.wait_for_count("a", "rx_drop_disabled", 5)
     assert b.receive(timeout=0) == []
     for index in (2 * pair, 2 * pair + 1):
         a.enable(index, on=True)

@@ -82,9 +82,7 @@ def assert_dropped(net, guest, counter, head=0):
     before = net.switch.counters("a")
     guest.tx.offer(head)
     assert guest.tx.wait_back() == [(head, 0)]
-    net.switch.wait_for(
-        lambda: net.switch.counters("a")[counter] == before[counter] + 1, counter
-    )
+    net.wait_for_count("a", counter, before[counter] + 1)
     after = net.switch.counters("a")
     assert dropped(after, "rx") == dropped(before, "rx") + 1
     assert after["broken_rings"] == before["broken_rings"]
@@ -226,7 +224,7 @@ def test_54_indexes_that_make_no_sense_break_the_ring(net, index, heads, jump):
     port = net.switch.wait_for_port("a", lambda port: "broken" in port["reason"])
     assert f"virtqueue {index} is broken" in port["reason"]
     assert (side.errors(), other.errors()) == (1, 0)
-    assert net.switch.counters("a")["broken_rings"] == 1
+    net.wait_for_count("a", "broken_rings", 1)
     net.assert_undisturbed()
     guest.stop()
     if not packed:
@@ -384,7 +382,7 @@ def test_57_a_checksum_is_completed_for_who_cannot(net, stack, layer):
         assert data != whole
         send(a, header(start, offset), data)
         assert arrived(b) == [(CLEAN, whole)]
-    assert net.switch.counters("b")["tx_csum_completed"] == 6
+    net.wait_for_count("b", "tx_csum_completed", 6)
 
 
 @pytest.mark.parametrize("stack", STACKS)
@@ -412,7 +410,7 @@ def test_58_a_super_frame_is_cut_for_who_cannot(net, stack):
     damaged = data[: start + 12] + b"\x40" + data[start + 13 :]  # no TCP header is so
     send(a, head, damaged)
     assert arrived(b) == []
-    assert net.switch.counters("b")["tx_drop_bad_offload"] == 1
+    net.wait_for_count("b", "tx_drop_bad_offload", 1)
 
 
 LIES = {
@@ -440,9 +438,7 @@ def test_59_a_header_that_lies_is_dropped_and_a_mark_is_cleaned(net):
     for count, lie in enumerate(LIES.values(), start=1):
         send(a, header(**truth | lie), data)
         assert arrived(b) == []
-        net.switch.wait_for(
-            lambda n=count: net.switch.counters("a")["rx_drop_bad_header"] == n, lie
-        )
+        net.wait_for_count("a", "rx_drop_bad_header", count)
     send(a, header(**truth), data)
     ((head, got),) = arrived(b)
     assert (head[:10], got) == (header(**truth)[:10], data)

@@ -2,11 +2,7 @@
 
 import time
 
-import pytest
-
 from tests.system.net import cpu_seconds, exchange_both_ways
-from vswitch.guest import DEFAULT_FEATURES
-from vswitch.guest.traffic import hammer
 
 EVENT_IDX = 1 << 29
 WINDOW_S = 3.0
@@ -29,20 +25,3 @@ def test_idle_processes_use_less_than_one_percent_of_a_cpu(net):
     exchange_both_ways(net.guest("a"), net.guest("b"))
     pids = [net.switch.pid, *net.switch.worker_pids()]
     assert busiest(pids) < 0.01 or busiest(pids) < 0.01
-
-
-@pytest.mark.parametrize(
-    "features", [DEFAULT_FEATURES, DEFAULT_FEATURES & ~EVENT_IDX], ids=["event", "flag"]
-)
-def test_no_frame_is_slept_through(net, features):
-    a, b = net.guest("a", features=features), net.guest("b", features=features)
-    net.pin(a, b)
-    before = net.switch.ask("stats")["workers"]
-    for sender, receiver in ((a, b), (b, a)):
-        times = hammer(sender, receiver, ROUNDS, AROUND_THE_EDGE_US, timeout=5.0)
-        assert times.arrived == ROUNDS
-    after = net.switch.ask("stats")["workers"]
-    sleeps = sum(after[n]["wakeups"] - before[n]["wakeups"] for n in before)
-    assert sleeps > ROUNDS / 10  # the edge was there
-    net.switch.assert_copies_balance("a", "b", ROUNDS, ROUNDS)
-    net.switch.assert_copies_balance("b", "a", ROUNDS, ROUNDS)
