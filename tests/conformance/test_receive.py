@@ -53,7 +53,7 @@ def test_60_a_frame_fills_its_buffers_and_they_appear_together(net, packed):
 def test_61_without_merging_a_frame_has_one_buffer_or_none(net):
     """[VIRTIO]"""
     guest = known(net, features=MODERN)
-    guest.post(2, length=512)
+    guest.post(3, length=512)
     _, fits, _, last = send(net, 501, 500, 9000, 60)
     back = guest.rx.wait_back(2)
     assert back == [(0, 512), (1, 72)]  # what did not fit has cost none
