@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from tests import requirements
+from tests.conformance.dirty import DirtyLog
 from tests.conformance.hand import HandGuest, PackedHandGuest
 from tests.switch import Switch, remove_directory, short_directory
 from tests.system.net import Net, assert_footprint, exchange_both_ways, footprint
@@ -124,3 +125,17 @@ def net(switch, witnesses):
     scene.assert_undisturbed()
     assert switch.worker_pids() == pids, switch.log
     assert_footprint(switch, before)
+
+
+@pytest.fixture
+def make_log():
+    """Make logs that end with the test."""
+    made = []
+
+    def make(highest, **options):
+        made.append(DirtyLog(highest, **options))
+        return made[-1]
+
+    yield make
+    for log in made:
+        log.close()

@@ -13,6 +13,7 @@ import numpy as np
 from ports.native import jit, load_u64, swap_if_u64
 from ports.vhost import virtio
 from ports.vhost.messages import U64, Log, Request, VringAddr
+from vswitch.guest.frontend import RingSetup
 
 PAGE = 4096
 GUARD = 0xA5
@@ -118,3 +119,34 @@ class Copier:
             at = self._page_of(page)
             self.shadow[at : at + PAGE] = self._memory[at : at + PAGE]
         self.rounds += bool(pages)
+
+
+def highest(table):
+    return max(region.gpa + region.size for region in table.regions)
+
+
+def rings_by_hand(guest):
+    """The guest's rings, and where it wants them logged: as QEMU does, by `used`."""
+    positions = guest.positions()
+    return [
+        (guest.setup(side, positions[side.index]), guest.table.regions[0].gpa + used)
+        for side, (_, _, used) in ((side, side.addresses()) for side in guest.sides)
+    ]
+
+
+def rings_of(guest):
+    """The same for a guest of vswitch.guest's."""
+    memory = guest.memory
+    return [
+        (
+            RingSetup(
+                index,
+                *(int(ring[name]) for name in ("size", "used_idx")),
+                *(int(ring[name]) for name in ("desc", "avail", "used")),
+                kick_fd=-1,
+                call_fd=-1,
+            ),
+            memory.gpa_of(int(ring["used"]) - memory.addr),
+        )
+        for index, ring in enumerate(guest.rings)
+    ]

@@ -90,8 +90,6 @@ def good_message(guest, request):
         Log: guest.fd,
         VringFd: guest.rx.ends.call,
     }.get(RULES[request].payload)
-    if request == Request.REM_MEM_REG:
-        fd = None
     return special.get(request, payload), [] if fd is None else [fd]
 
 
@@ -167,8 +165,6 @@ def test_14_every_message_that_wants_a_reply_gets_one(net):
         payload, fds = None, []
         if request in SERVED:
             payload, fds = good_message(guest, request)
-        if request == Request.REM_MEM_REG and request in SERVED:
-            frontend.request(Request.ADD_MEM_REG, payload, [guest.fd])
         data = encode_request(request, payload, need_reply=True)
         (answer,) = assert_one_reply(frontend, data, fds, 1)
         if request not in NATURAL:
@@ -194,8 +190,6 @@ def test_16_without_reply_ack_nothing_is_acknowledged(net):
     frontend = guest.connect()
     frontend.negotiate(guest.features, DEFAULT_PROTOCOL & ~PF_REPLY_ACK)
     quiet = set(SERVED) - set(NATURAL) - {Request.SET_PROTOCOL_FEATURES}
-    if Request.ADD_MEM_REG in SERVED:
-        quiet -= {Request.ADD_MEM_REG, Request.REM_MEM_REG}
     for request in sorted(quiet):
         payload, fds = good_message(guest, request)
         data = encode_request(request, payload, need_reply=True)

@@ -1,5 +1,6 @@
 """Rings start, stop, and start again; front-ends come and go. Checklist 31 to 50."""
 
+import dataclasses
 import itertools
 import os
 import random
@@ -8,6 +9,8 @@ import time
 import pytest
 
 from ports.vhost.messages import U64, Request, VringAddr, VringFd, VringState
+from tests.conformance import dirty
+from tests.conformance.dirty import PAGE, highest, rings_by_hand, rings_of
 from tests.conformance.hand import PROTOCOL_FEATURES
 from tests.conformance.wire import HUNG_UP, REFUSED
 from tests.datapath.packed_rings import LAP
@@ -287,10 +290,12 @@ def test_40_the_number_in_a_request_for_the_position_means_nothing(net):
         assert_frames_pass(net, guest)
 
 
-def test_41_a_stopped_ring_is_not_touched_and_nobody_is_called(net):
+def test_41_a_stopped_ring_is_not_touched_and_nobody_is_called(net, make_log):
     """[SPEC]"""
     guest = net.by_hand("a")
     sender = net.witnesses[0]
+    log = make_log(highest(guest.table))
+    dirty.begin(guest.frontend, log, rings_by_hand(guest))
     for number in range(20):
         guest.lay_out()
         guest.post(16)
@@ -298,6 +303,7 @@ def test_41_a_stopped_ring_is_not_touched_and_nobody_is_called(net):
             guest.tx.describe(slot, guest.put(0x20000, bytes(64)), 64)
         if number:
             guest.start()
+            dirty.log_rings(guest.frontend, rings_by_hand(guest), on=True)
         guest.tx.offer(*range(16))
         sender.send([frame(BROADCAST, sender, 60 + n) for n in range(64)])
         bases = guest.stop()
@@ -305,8 +311,10 @@ def test_41_a_stopped_ring_is_not_touched_and_nobody_is_called(net):
         assert bases == guest.positions()
         for side in guest.sides:
             side.calls()
+        log.fetch()
         guest.tx.kick()
         flood(net)
+        assert log.fetch() == []
         assert guest.read(0, guest.length) == before
         assert [side.calls() for side in guest.sides] == [0, 0]
         assert [side.errors() for side in guest.sides] == [0, 0]
@@ -355,6 +363,33 @@ def test_44_a_wrong_position_at_a_reconnect_does_no_harm(net, base):
         guest.disconnect()
         guest.open(base=base)
     exchange_both_ways(a, b)
+
+
+def test_45_a_running_rings_addresses_may_be_told_again_to_switch_its_log(
+    net, make_log
+):
+    """[M]"""
+    a, b = net.pair({"start_index": 65500}, {"start_index": 65000})
+    log, rings = make_log(highest(b.memory.table)), rings_of(b)
+    pages = {address // PAGE for _, address in rings}
+    dirty.begin(b.frontend, log, [])
+    with Stream((a, b)) as flow:
+        for _ in range(20):
+            dirty.log_rings(b.frontend, rings, on=True)
+            flow.wait_for_more(net.switch, 200)
+            assert pages <= {*log.fetch()}
+            dirty.log_rings(b.frontend, rings, on=False)
+            log.fetch()
+            flow.wait_for_more(net.switch, 200)
+            assert not pages & {*log.fetch()}
+        assert flow.stop().clean
+    moved, address = rings[0]
+    with pytest.raises(GuestError, match=REFUSED):  # anything else of it may not change
+        dirty.log_rings(
+            b.frontend,
+            [(dataclasses.replace(moved, used=moved.used + PAGE), address)],
+            on=True,
+        )
 
 
 def test_46_status_0_before_the_stop_loses_nothing(net):

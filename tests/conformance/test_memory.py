@@ -5,7 +5,13 @@ import os
 
 import pytest
 
-from ports.vhost.messages import MemTable
+from ports.vhost.messages import (
+    PF_CONFIGURE_MEM_SLOTS,
+    U64,
+    MemTable,
+    Request,
+    SingleRegion,
+)
 from tests.conformance.wire import REFUSED, cut_region
 from tests.system.net import (
     BROADCAST,
@@ -19,6 +25,7 @@ from tests.system.net import (
 )
 from vswitch.guest import GuestError
 from vswitch.guest import memory as guest_memory
+from vswitch.guest.frontend import DEFAULT_PROTOCOL, eventfd
 from vswitch.guest.memory import HOLE, GuestMemory
 
 PAGE, TOP = 4096, 1 << 64
@@ -191,6 +198,40 @@ def test_25_two_regions_of_one_file_have_each_its_offset(net):
         guest.hang_up()
 
 
+def with_slots(guest):
+    """A front-end that tells memory region by region."""
+    protocol = DEFAULT_PROTOCOL | PF_CONFIGURE_MEM_SLOTS
+    frontend = guest.connect()
+    frontend.negotiate(guest.features, protocol)
+    assert frontend.request(Request.GET_MAX_MEM_SLOTS) == U64(32)
+    return frontend
+
+
+def test_26_a_region_may_be_added_twice_and_removed_twice(net):
+    """As QEMU 7.2 does, once for each queue pair. [M]"""
+    guest, extra = net.prepared_by_hand("a"), GuestMemory(1 << 20)
+    frontend = with_slots(guest)
+    own = SingleRegion(guest.table.regions[0])
+    added = SingleRegion(replaced(extra.table.regions[0], gpa=1 << 40))
+    for _ in range(2):
+        frontend.request(Request.ADD_MEM_REG, own, [guest.fd])
+    guest.start()
+    net.switch.wait_for_state("a", "up")
+    for _ in range(3):
+        for _ in range(2):
+            frontend.request(Request.ADD_MEM_REG, added, [extra.fd])
+            assert is_mapped(net, extra.fd) == len(net.switch.worker_pids())
+        assert_frames_pass(net, guest)
+        for _ in range(2):
+            frontend.request(Request.REM_MEM_REG, added)
+        assert is_mapped(net, extra.fd) == 0
+        assert_frames_pass(net, guest)
+    for _ in range(2):
+        frontend.request(Request.REM_MEM_REG, own)
+    assert is_mapped(net, guest.fd) == 0
+    extra.close()
+
+
 def bad_regions(region):
     """Rows of a memory table that cannot be, and how many descriptors come along."""
     small = replaced(region, size=PAGE)
@@ -218,9 +259,30 @@ def test_27_regions_that_overlap_or_wrap_or_are_empty_are_refused(net):
     for name, rows in bad_regions(guest.table.regions[0]).items():
         with pytest.raises(GuestError, match=REFUSED):
             guest.frontend.set_memory(MemTable(tuple(rows)), [guest.fd] * len(rows))
+        with pytest.raises(GuestError, match=REFUSED):  # beside what is there
+            guest.frontend.request(
+                Request.ADD_MEM_REG, SingleRegion(rows[-1]), [guest.fd]
+            )
         assert net.switch.port("a")["state"] == "up", name
     assert_footprint(net.switch, before)
     assert_frames_pass(net, guest)
+
+
+def test_28_a_descriptor_with_a_removal_is_closed_and_the_region_removed(net):
+    """[SPEC]"""
+    guest = net.prepared_by_hand("a")
+    frontend = with_slots(guest)
+    own, spare = SingleRegion(guest.table.regions[0]), eventfd()
+    before = footprint(net.switch)
+    for fd in (guest.fd, spare):
+        frontend.request(Request.ADD_MEM_REG, own, [guest.fd])
+        assert is_mapped(net, guest.fd)
+        # What is said of the offset means nothing.
+        odd = SingleRegion(replaced(own.region, mmap_offset=PAGE))
+        frontend.request(Request.REM_MEM_REG, odd, [fd])
+        assert is_mapped(net, guest.fd) == 0
+        assert footprint(net.switch) == before
+    os.close(spare)
 
 
 def test_29_a_ring_whose_memory_is_removed_stops(net):

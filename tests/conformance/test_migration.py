@@ -7,7 +7,13 @@ import pytest
 
 from ports.vhost.messages import U64, Log, Request, encode_request
 from tests.conformance import dirty
-from tests.conformance.dirty import PAGE, Copier, DirtyLog
+from tests.conformance.dirty import (
+    PAGE,
+    Copier,
+    highest,
+    rings_by_hand,
+    rings_of,
+)
 from tests.conformance.hand import PROTOCOL_FEATURES
 from tests.conformance.wire import REFUSED, ask, is_cut_off, number
 from tests.datapath.packed_rings import DEFAULT as PACKED
@@ -19,55 +25,9 @@ from tests.system.net import (
     guest_mappings,
 )
 from vswitch.guest import GuestError
-from vswitch.guest.frontend import RingSetup
 
 STATION = b"\x02\x00\x00\x00\x00\x0a"
 RARP = b"\x80\x35"
-
-
-@pytest.fixture
-def make_log():
-    """Make logs that end with the test."""
-    made = []
-
-    def make(highest, **options):
-        made.append(DirtyLog(highest, **options))
-        return made[-1]
-
-    yield make
-    for log in made:
-        log.close()
-
-
-def highest(table):
-    return max(region.gpa + region.size for region in table.regions)
-
-
-def rings_by_hand(guest):
-    """The guest's rings, and where it wants them logged: as QEMU does, by `used`."""
-    positions = guest.positions()
-    return [
-        (guest.setup(side, positions[side.index]), guest.table.regions[0].gpa + used)
-        for side, (_, _, used) in ((side, side.addresses()) for side in guest.sides)
-    ]
-
-
-def rings_of(guest):
-    """The same for a guest of vswitch.guest's."""
-    memory = guest.memory
-    return [
-        (
-            RingSetup(
-                index,
-                *(int(ring[name]) for name in ("size", "used_idx")),
-                *(int(ring[name]) for name in ("desc", "avail", "used")),
-                kick_fd=-1,
-                call_fd=-1,
-            ),
-            memory.gpa_of(int(ring["used"]) - memory.addr),
-        )
-        for index, ring in enumerate(guest.rings)
-    ]
 
 
 def known(net, **options):

@@ -5,6 +5,8 @@ import pytest
 from ports.vhost import virtio
 from ports.vhost.features import OFFERED, OFFERED_PROTOCOL
 from ports.vhost.messages import U64, Request, encode_request
+from tests.conformance import dirty
+from tests.conformance.dirty import highest, rings_of
 from tests.conformance.hand import PROTOCOL_FEATURES
 from tests.conformance.wire import (
     REFUSED,
@@ -96,6 +98,29 @@ def test_03_the_same_features_again_disturb_no_running_ring(net):
             for guest in (a, b):
                 guest.frontend.request(Request.SET_FEATURES, U64(guest.features))
         flow.wait_for_more(net.switch)
+        assert flow.stop().clean
+
+
+def test_04_the_log_feature_alone_is_switched_while_rings_run(net, make_log):
+    """[M]"""
+    a, b = net.pair()
+    log = make_log(highest(b.memory.table))
+    frontend, rings = b.frontend, rings_of(b)
+    plain, logging = (U64(b.features | bit) for bit in (0, virtio.F_LOG_ALL))
+    with Stream((a, b)) as flow:
+        for _ in range(20):
+            frontend.request(Request.SET_LOG_BASE, log.payload, [log.fd])
+            log.fetch()
+            frontend.request(Request.SET_FEATURES, logging)
+            flow.wait_for_more(net.switch, 100)
+            assert log.fetch()
+            frontend.request(Request.SET_FEATURES, plain)
+            log.fetch()
+            flow.wait_for_more(net.switch, 100)
+            assert log.fetch() == []
+        dirty.begin(frontend, log, rings)
+        flow.wait_for_more(net.switch)
+        dirty.end(frontend, rings)
         assert flow.stop().clean
 
 
