@@ -22,6 +22,8 @@ from tests.system.net import Stream, exchange_both_ways, frame
 from vswitch.guest import DEFAULT_FEATURES, GuestError
 from vswitch.guest.frontend import DEFAULT_ORDER, DEFAULT_PROTOCOL, Frontend
 
+MORE_THAN_WAITS = 3000  # frames that may wait in the receiver's ring, and then some
+
 
 def lacking(mask):
     return [1 << bit for bit in range(64) if not mask >> bit & 1]
@@ -112,11 +114,11 @@ def test_04_the_log_feature_alone_is_switched_while_rings_run(net, make_log):
             frontend.request(Request.SET_LOG_BASE, log.payload, [log.fd])
             log.fetch()
             frontend.request(Request.SET_FEATURES, logging)
-            flow.wait_for_more(net.switch, 100)
+            flow.wait_for_more(net.switch, MORE_THAN_WAITS)
             assert log.fetch()
             frontend.request(Request.SET_FEATURES, plain)
             log.fetch()
-            flow.wait_for_more(net.switch, 100)
+            flow.wait_for_more(net.switch, MORE_THAN_WAITS)
             assert log.fetch() == []
         dirty.begin(frontend, log, rings)
         flow.wait_for_more(net.switch)
