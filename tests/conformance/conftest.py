@@ -13,6 +13,12 @@ from tests.conformance.dirty import DirtyLog
 from tests.conformance.hand import HandGuest, PackedHandGuest
 from tests.switch import Switch, remove_directory, short_directory
 from tests.system.net import Net, assert_footprint, exchange_both_ways, footprint
+from tests.vm.conftest import (  # noqa: F401 (fixtures of test 77)
+    guest_image,
+    namespace,
+    short_path,
+    uplink_lab,
+)
 from vswitch.guest.frontend import Frontend
 
 

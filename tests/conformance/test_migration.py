@@ -1,7 +1,9 @@
 """Logs of written pages, announcements, the MTU, and a machine's life. 71 to 77."""
 
+import contextlib
 import itertools
 import os
+import sys
 
 import pytest
 
@@ -24,6 +26,9 @@ from tests.system.net import (
     frame,
     guest_mappings,
 )
+from tests.vm.checks import assert_moves_a_file, assert_pings
+from tests.vm.test_lifecycle import DHCP, FILES, ROUTER, SCRIPT
+from vswitch.demo.qemu import kernel_arguments
 from vswitch.guest import GuestError
 
 STATION = b"\x02\x00\x00\x00\x00\x0a"
@@ -234,3 +239,83 @@ def test_76_an_mtu_that_cannot_be_is_refused(net):
             guest.frontend.request(Request.NET_SET_MTU, U64(mtu))
     for mtu in (68, 1500, 9000, 65535):
         assert ask(guest.frontend, Request.NET_SET_MTU, number(mtu)) == number(0)
+
+
+@contextlib.contextmanager
+def boot_server(lab, namespace, image, machine, helper):
+    """Everything that a machine needs to boot with iPXE, behind a tap and in a guest."""
+    lab.add_port("uplink0", "tap:uplink0")
+    namespace.run("ip", "address", "add", "10.77.0.254/24", "dev", "uplink0")
+    lines = "\\n".join(DHCP.format(mac=machine.mac).splitlines())
+    helper.check(f"echo -e '{lines}' > /tmp/conf && touch /tmp/leases")
+    helper.check("udhcpd /tmp/conf")
+    folder = lab.directory / "boot"
+    folder.mkdir()
+    (folder / "vmlinuz").symlink_to(image.kernel)
+    (folder / "initramfs").symlink_to(image.initramfs)
+    script = SCRIPT.format(arguments=kernel_arguments(machine))
+    (folder / "script").write_text(script)
+    with (
+        namespace.start(sys.executable, "-c", ROUTER) as router,
+        namespace.start(*FILES, folder) as files,
+    ):
+        router.stdout.readline()
+        files.stdout.readline()
+        yield
+
+
+def boot_by_network(lab, guest, start):
+    """iPXE's features, then Linux's."""
+    start()
+    lab.wait_for_port(
+        "vm1", lambda port: port["features"] == ["protocol_features", "version_1"]
+    )
+    guest.wait_ready(timeout=120)
+    assert "mrg_rxbuf" in lab.port("vm1")["features"]
+
+
+@pytest.mark.vm
+@pytest.mark.timeout(600)
+def test_77_a_real_guests_life(uplink_lab, namespace, guest_image):
+    """iPXE, Linux, reboot, stop, link, DIMM, migration, unplug: traffic after each. [M]"""
+    lab = uplink_lab
+    (two,) = lab.boot(lab.machine(2))
+    machine = lab.machine(1, from_network=True, halted=True, slots=2)
+
+    def talk():
+        assert_pings(one, "10.77.0.2")
+        assert_pings(two, "10.77.0.1")
+        assert_moves_a_file(two, one)
+
+    with boot_server(lab, namespace, guest_image, machine, two):
+        (one,) = lab.boot(machine, wait=False)
+        boot_by_network(lab, one, one.resume)
+        talk()
+        boot_by_network(lab, one, one.reset)
+        talk()
+    one.pause()
+    lab.wait_for_state("vm1", "waiting-for-driver")
+    one.resume()
+    talk()
+    one.set_link(up=False)
+    lab.wait_for_state("vm1", "waiting-for-driver")
+    one.set_link(up=True)
+    talk()
+    one.plug_memory("dimm0", 128)
+    talk()
+    elsewhere = machine._replace(name="vm1b", socket_path=lab.socket("vm1b"))
+    there = elsewhere._replace(halted=False, incoming=True)
+    (target,) = lab.boot(there, wait=False)
+    target.plug_memory("dimm0", 128)
+    one.begin_move(target, lab.directory / "move", bytes_per_s=1 << 20)
+    assert "log_all" in lab.port("vm1")["features"]
+    talk()
+    one.cancel_move()
+    lab.wait_for_port("vm1", lambda port: "log_all" not in port["features"])
+    talk()
+    one.unplug_device()
+    lab.wait_for_state("vm1", "waiting-for-driver")
+    lab.plug(one)
+    talk()
+    assert lab.log.count("port vm1: connected") == 1
+    lab.assert_ledger_balances()
