@@ -114,7 +114,4 @@ def test_the_mtu_that_a_front_end_asks_for_limits_what_it_gets(net):
     assert b.receive(timeout=10.0, at_least=3) == [frames[n] for n in (0, 2, 4)]
     net.switch.assert_copies_balance("a", "b", 5, 3)
     assert net.switch.counters("b")["tx_drop_too_long"] == 2
-    for mtu in (67, 65536):
-        with pytest.raises(GuestError, match="refused NET_SET_MTU"):
-            b.frontend.request(Request.NET_SET_MTU, U64(mtu))
     assert_flows(b, a)
