@@ -150,11 +150,13 @@ class Worker:
                 self._send(["ack", seq, result])
 
     def _send(self, message: list[Any]) -> None:
-        """Send; waits for the manager, who always reads."""
+        """Send; waits for the manager, who always reads.
+
+        The socket stays a blocking one: helper threads send as well, and the mode that
+        they set would be the mode in which the turn's thread receives.
+        """
         with self._send_lock:
-            self._sock.setblocking(True)
             protocol.send(self._sock, message)
-            self._sock.setblocking(False)
 
     # --- what the manager asks for ---
 
@@ -260,7 +262,6 @@ def main() -> None:
         # Nothing below makes cycles; a collection would only lengthen a turn.
         gc.freeze()
         gc.disable()
-        sock.setblocking(False)
         worker.run()
     except (BrokenPipeError, ConnectionError):
         _log.info("worker %s: the manager is gone", number)

@@ -46,14 +46,15 @@ def send(sock: socket.socket, message: list[Any], fds: Sequence[int] = ()) -> No
 
 
 def receive(sock: socket.socket) -> tuple[list[Any], list[int]]:
-    """Receive one message and its descriptors.
+    """Receive one message and its descriptors; never waits, whatever the socket does.
 
     Raises:
-        BlockingIOError: The socket is non-blocking and there is none.
+        BlockingIOError: There is none.
         EOFError: The peer is gone.
     """
     room = socket.CMSG_SPACE(MAX_FDS * array.array("i").itemsize)
-    data, control, _, _ = sock.recvmsg(_MAX_MESSAGE, room, socket.MSG_CMSG_CLOEXEC)
+    flags = socket.MSG_CMSG_CLOEXEC | socket.MSG_DONTWAIT
+    data, control, _, _ = sock.recvmsg(_MAX_MESSAGE, room, flags)
     fds = array.array("i")
     for level, kind, payload in control:
         if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
