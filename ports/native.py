@@ -10,6 +10,7 @@ that is used. Addresses are plain integers.
 """
 
 import ctypes
+import errno
 import os
 import time
 from collections.abc import Callable
@@ -289,6 +290,7 @@ def records_at(dtype: "np.dtype[Any]") -> Callable[[int, int], Record]:
 # --- libc ---------------------------------------------------------------------------
 
 _libc: Final = ctypes.CDLL(None, use_errno=True)
+_EINTR: Final = errno.EINTR
 _libc.mmap.restype = ctypes.c_void_p
 _libc.mmap.argtypes = [
     ctypes.c_void_p,
@@ -510,9 +512,15 @@ def prefetch_write(addr: int) -> None:
     """Ask for the cache line at `addr`, to write it."""
 
 
-def eventfd_signal(fd: int) -> None:
-    """Add 1 to an eventfd; a full counter or a closed fd is no error."""
-    _libc.eventfd_write(fd, ctypes.c_uint64(1))
+def eventfd_signal(fd: int) -> bool:
+    """Add 1 to an eventfd; a full counter or a closed fd is no error.
+
+    Returns:
+        Whether that had to wait until a signal came: somebody has filled the counter
+        and made the open file, which is theirs as well, a blocking one.
+    """
+    failed = int(_libc.eventfd_write(fd, ctypes.c_uint64(1))) < 0
+    return failed and ctypes.get_errno() == errno.EINTR
 
 
 def read_fd(fd: int, addr: int, length: int) -> int:
@@ -600,8 +608,8 @@ def _sched_yield() -> Any:
 
 @overload(eventfd_signal, strict=False)
 def _eventfd_signal(fd: Any) -> Any:
-    def body(fd: int) -> None:
-        _c_eventfd_write(fd, 1)
+    def body(fd: int) -> bool:
+        return _c_eventfd_write(fd, 1) < 0 and _load_u32(_c_errno()) == _EINTR
 
     return body
 

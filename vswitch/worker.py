@@ -40,6 +40,7 @@ _NAP_S: Final = 0.001  # as long as there is a ring that nobody kicks
 _EXPIRE_AWAKE: Final = 128  # buckets a turn
 _EXPIRE_ASLEEP: Final = 8192
 _PROGRESS_S: Final = 0.2
+_LONGEST_WAIT_S: Final = 0.01
 
 _log = logging.getLogger(__name__)
 
@@ -101,6 +102,9 @@ class Worker:
 
     def run(self) -> None:
         """Serve until the manager goes away."""
+        # Nothing in a turn may wait; what a guest makes wait is interrupted.
+        signal.signal(signal.SIGALRM, lambda *_: None)
+        signal.setitimer(signal.ITIMER_REAL, _LONGEST_WAIT_S, _LONGEST_WAIT_S)
         last_frame = time.monotonic_ns()
         while True:
             now_s = segment.elapsed_s(self._shared)
@@ -121,7 +125,9 @@ class Worker:
         """Sleep until a kick, a tap's frame, a message, or a second has passed."""
         if loop.ask_for_kicks(self._ctx, self._number, self._polled) == 0:
             self._record["state"] = WORKER_SLEEPING
+            signal.setitimer(signal.ITIMER_REAL, 0)
             events = self._epoll.poll(self._longest_sleep_s)
+            signal.setitimer(signal.ITIMER_REAL, _LONGEST_WAIT_S, _LONGEST_WAIT_S)
             self._record["state"] = WORKER_POLLING
             self._record["wakeups"] += 1
             if not events and self._longest_sleep_s == _SLEEP_S:

@@ -591,7 +591,8 @@ def call(ring: Record, tally: Record) -> None:
         event = load_u16(area + EVENT_OFF_WRAP)
         wanted = _passes(event, new, old, int(ring["size"]))
     if wanted:
-        eventfd_signal(int(ring["call_fd"]))
+        if eventfd_signal(int(ring["call_fd"])):
+            break_ring(ring, tally)
         tally["calls"] += 1
 
 

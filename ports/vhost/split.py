@@ -407,10 +407,10 @@ def _put_pieces(
     chains = 0
     missing = need
     while missing > 0:
-        if chains == room - taken:
-            return _PUT_FULL
         if chains > 0 and not mergeable:
             return _PUT_TOO_LONG
+        if chains == room - taken:
+            return _PUT_FULL
         head = load_u16(avail + 2 * ((next_avail + chains) & mask))
         if head >= size:
             break_ring(ring, tally)
@@ -518,7 +518,8 @@ def call(ring: Record, tally: Record) -> None:
         wanted = (load_u16(avail + AVAIL_FLAGS) & AVAIL_F_NO_INTERRUPT) == 0
     ring["signalled_used"] = new
     if wanted:
-        eventfd_signal(int(ring["call_fd"]))
+        if eventfd_signal(int(ring["call_fd"])):
+            break_ring(ring, tally)
         tally["calls"] += 1
 
 
