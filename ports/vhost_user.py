@@ -60,6 +60,8 @@ _LOOK_AGAIN_S: Final = 1.0
 _MEMORY_DUE_S: Final = 1.0
 _LOG_WINDOW_S: Final = 10.0
 _LOG_LINES: Final = 20
+_BRIEF_S: Final = 1.0
+_LEFT_OFTEN: Final = 3
 
 _log = logging.getLogger(__name__)
 
@@ -130,6 +132,8 @@ class VhostUserPort:
         self._calls: dict[int, tuple[int, int]] = {}  # ring: our fd, number in workers
         self._table_half = 0
         self._trouble = ""
+        self._connected = 0.0
+        self._left_early = 0  # front-ends in a row that soon went while negotiating
         self._log_window = 0.0
         self._logged = 0
 
@@ -171,11 +175,11 @@ class VhostUserPort:
     def state(self) -> State:
         """The port's state and its reason."""
         session = self._session
+        if self._left_early >= _LEFT_OFTEN and self._is_new():
+            text = "front-ends leave while negotiating (has their guest more than"
+            return State("negotiating", f"{text} {self._pairs} queue pairs?)")
         if session is None:
-            if self.mode == "server":
-                return State("waiting-for-frontend", f"listening on {self.path}")
-            why = self._trouble or "no front-end yet"
-            return State("waiting-for-frontend", f"connecting to {self.path}: {why}")
+            return State("waiting-for-frontend", self._what_for())
         if int(self._host.ports[self._slot]["up"]):
             return State("up", self._describe_rings())
         problem = self._problem(session)
@@ -196,6 +200,15 @@ class VhostUserPort:
             "enabled": int(self._host.ports[self._slot]["pairs"]),
             "max": self._pairs,
         }
+
+    def _what_for(self) -> str:
+        if self.mode == "server":
+            return f"listening on {self.path}"
+        return f"connecting to {self.path}: {self._trouble or 'no front-end yet'}"
+
+    def _is_new(self) -> bool:
+        """Whether the last front-end connected a moment ago."""
+        return time.monotonic() - self._connected < _BRIEF_S
 
     def _describe_rings(self) -> str:
         pairs = int(self._host.ports[self._slot]["pairs"])
@@ -251,6 +264,7 @@ class VhostUserPort:
             self._pairs, offered_protocol=self._offered_protocol
         )
         self._features_since = 0.0
+        self._connected = time.monotonic()
         self._ran.clear()
         self._log("connected")
         try:
@@ -315,6 +329,8 @@ class VhostUserPort:
             channel.flush()
 
     async def _disconnect(self, session: Session) -> None:
+        early = not session.features_known and self._is_new()
+        self._left_early = self._left_early + 1 if early else 0
         packed, running = session.packed, dict(self._running)
         session.close()
         await self._reconcile(session)

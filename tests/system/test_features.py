@@ -23,6 +23,20 @@ def offer(frontend):
     return [frontend.request(request) for request in OFFERS]
 
 
+def test_front_ends_that_leave_while_negotiating_are_told_of(net):
+    # As QEMU does with more queue pairs than the port has.
+    path = net.add_port("c", queues=2)
+
+    def reason():
+        frontend = Frontend.connect(path)
+        frontend.negotiate(0, set_features=False)
+        frontend.close()
+        return net.switch.port("c")["reason"]
+
+    net.switch.wait_for(lambda: "more than 2 queue pairs?" in reason(), reason)
+    net.switch.wait_for_state("c", "waiting-for-frontend")
+
+
 def test_an_offer_stays_the_same_on_one_connection(net):
     guest = net.guest("b")
     frontend = guest.frontend

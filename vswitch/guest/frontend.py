@@ -137,7 +137,8 @@ class Frontend:
         """Send any bytes at all, `fds` on the first of them."""
         try:
             sent = socket.send_fds(self._sock, [data], list(fds))
-            self._sock.sendall(data[sent:])
+            if sent < len(data):
+                self._sock.sendall(data[sent:])
         except OSError as error:
             raise GuestError(
                 f"cannot send to the switch: {error} (it closed the connection)"
