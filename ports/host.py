@@ -4,7 +4,7 @@ The manager implements it. Everything here is awaited in the port's own task; th
 are plain memory that workers look at, and `sync` returns when all of them have.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple, Protocol
 
 from numpy import void
@@ -25,6 +25,10 @@ class State(NamedTuple):
 
     word: str
     reason: str
+
+
+def nothing() -> None:
+    """Do nothing."""
 
 
 class Host(Protocol):
@@ -49,8 +53,19 @@ class Host(Protocol):
     def owner_for(self, slot: int, pair: int) -> int:
         """The worker that is to serve a queue pair."""
 
-    async def map(self, fd: int, length: int, offset: int, alignment: int) -> Mapping:
-        """Map a part of a file in every worker. Raises OSError."""
+    async def map(
+        self,
+        fd: int,
+        length: int,
+        offset: int,
+        alignment: int,
+        lost: Callable[[], None] = nothing,
+    ) -> Mapping:
+        """Map a part of a file in every worker. Raises OSError.
+
+        `lost` is called, maybe more than once, when a worker has found that the file
+        has become too short; by then there are zeroes in the mapping's place.
+        """
 
     async def unmap(self, mappings: Sequence[Mapping]) -> None:
         """Take mappings away that nothing refers to any more."""

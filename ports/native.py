@@ -12,6 +12,7 @@ that is used. Addresses are plain integers.
 import ctypes
 import errno
 import os
+import signal
 import time
 from collections.abc import Callable
 from typing import Any, Final, TypeVar, cast
@@ -321,6 +322,8 @@ _c_memcpy: Final = types.ExternalFunction(
 MAP_FIXED_NOREPLACE: Final = 0x100000
 _PROT_READ_WRITE: Final = 3
 _MAP_SHARED: Final = 1
+# Private, fixed, anonymous, and without a promise of as much memory.
+_MAP_INSTEAD: Final = 0x02 | 0x10 | 0x20 | 0x4000
 
 
 def map_fixed(addr: int, length: int, fd: int, offset: int) -> int:
@@ -335,6 +338,56 @@ def map_fixed(addr: int, length: int, fd: int, offset: int) -> int:
 def unmap(addr: int, length: int) -> int:
     """Take a mapping away; 0, or -errno."""
     return -ctypes.get_errno() if _libc.munmap(addr, length) else 0
+
+
+def replace_by_zeroes(addr: int, length: int) -> int:
+    """Put zeroes of our own in the place of a mapping; 0, or -errno."""
+    got = _libc.mmap(addr, length, _PROT_READ_WRITE, _MAP_INSTEAD, -1, 0)
+    return -ctypes.get_errno() if got == ctypes.c_void_p(-1).value else 0
+
+
+class _SigAction(ctypes.Structure):
+    """struct sigaction of glibc on x86-64."""
+
+    _fields_ = (
+        ("handler", ctypes.c_void_p),
+        ("mask", ctypes.c_uint64 * 16),
+        ("flags", ctypes.c_int),
+        ("restorer", ctypes.c_void_p),
+    )
+
+
+_SA_SIGINFO: Final = 4
+_SI_ADDR: Final = 16  # of siginfo_t, <bits/types/siginfo_t.h>
+_Handler: Final = ctypes.CFUNCTYPE(None, ctypes.c_int, ctypes.c_void_p, ctypes.c_void_p)
+
+
+def catch_bus_errors(repair: Callable[[int], bool]) -> object:
+    """Call `repair` with the address when jitted code touches memory that is gone.
+
+    The access is tried again if that returns True; else, and where it raises, the
+    process dies as it would have. The fault comes from our own loads and stores, so
+    unlike in other signal handlers any code may run.
+
+    Returns:
+        What has to stay alive as long as faults are to be caught.
+    """
+
+    def handle(_number: int, info: int, _context: int) -> None:
+        repaired = False
+        try:
+            repaired = repair(ctypes.c_int64.from_address(info + _SI_ADDR).value)
+        finally:
+            if not repaired:
+                signal.signal(signal.SIGBUS, signal.SIG_DFL)
+
+    handler = _Handler(handle)
+    action = _SigAction(
+        handler=ctypes.cast(handler, ctypes.c_void_p), flags=_SA_SIGINFO
+    )
+    if _libc.sigaction(signal.SIGBUS, ctypes.byref(action), None):
+        raise OSError(ctypes.get_errno(), "cannot catch SIGBUS")
+    return handler
 
 
 # --- what the rest of the code calls ------------------------------------------------

@@ -15,9 +15,11 @@ What an identical memory table needs is nothing: front-ends send it at every sta
 """
 
 import asyncio
+import contextlib
 import logging
 import socket
 import time
+from functools import partial
 from pathlib import Path
 from typing import Final, NamedTuple, TypeVar, cast
 
@@ -132,6 +134,9 @@ class VhostUserPort:
         self._calls: dict[int, tuple[int, int]] = {}  # ring: our fd, number in workers
         self._table_half = 0
         self._trouble = ""
+        self._connection: socket.socket | None = None
+        self._quarantined = ""  # why, until another front-end's frames flow
+        self._culprit: Session | None = None
         self._connected = 0.0
         self._left_early = 0  # front-ends in a row that soon went while negotiating
         self._log_window = 0.0
@@ -175,9 +180,8 @@ class VhostUserPort:
     def state(self) -> State:
         """The port's state and its reason."""
         session = self._session
-        if self._left_early >= _LEFT_OFTEN and self._is_new():
-            text = "front-ends leave while negotiating (has their guest more than"
-            return State("negotiating", f"{text} {self._pairs} queue pairs?)")
+        if warning := self._warning():
+            return warning
         if session is None:
             return State("waiting-for-frontend", self._what_for())
         if int(self._host.ports[self._slot]["up"]):
@@ -200,6 +204,15 @@ class VhostUserPort:
             "enabled": int(self._host.ports[self._slot]["pairs"]),
             "max": self._pairs,
         }
+
+    def _warning(self) -> State | None:
+        """What is wrong with front-ends that come and go."""
+        if self._quarantined:
+            return State("quarantined", f"{self._quarantined} (start the guest anew)")
+        if self._left_early >= _LEFT_OFTEN and self._is_new():
+            text = "front-ends leave while negotiating (has their guest more than"
+            return State("negotiating", f"{text} {self._pairs} queue pairs?)")
+        return None
 
     def _what_for(self) -> str:
         if self.mode == "server":
@@ -260,6 +273,7 @@ class VhostUserPort:
     async def _serve(self, connection: socket.socket) -> None:
         """Serve one front-end until it goes, or breaks the protocol."""
         channel = Channel(connection)
+        self._connection = connection
         session = self._session = Session(
             self._pairs, offered_protocol=self._offered_protocol
         )
@@ -339,6 +353,14 @@ class VhostUserPort:
         self._session = None
         await self._host.flush(self._slot, also_static=False)
 
+    def _quarantine(self, reason: str) -> None:
+        """Part from a front-end that took away what we had from it."""
+        self._log(f"{reason}; closing the connection")
+        self._quarantined, self._culprit = reason, self._session
+        if self._connection:
+            with contextlib.suppress(OSError):  # it is gone
+                self._connection.shutdown(socket.SHUT_RDWR)
+
     def _warn_of_missing_memory(self, session: Session) -> None:
         if session is self._session and not session.memory:
             self._log(NOT_SHARED)
@@ -415,7 +437,11 @@ class VhostUserPort:
         page = region.block_size
         begin = region.mmap_offset // page * page
         end = -(-(region.mmap_offset + region.size) // page) * page
-        return await self._host.map(region.fd, end - begin, begin, page)
+        where = f"from offset {begin:#x} on"
+        lost = partial(
+            self._quarantine, f"the guest's memory file was truncated {where}"
+        )
+        return await self._host.map(region.fd, end - begin, begin, page, lost)
 
     def _write_table(self) -> None:
         """Write the other half of this port's region rows, then name it in one store."""
@@ -556,6 +582,8 @@ class VhostUserPort:
         record["pairs"] = pairs
         record["offloads"] = (session.features or 0) & RECEIVER
         record["up"] = int(pairs > 0 and any(runs[RX::2]))
+        if record["up"] and session is not self._culprit:
+            self._quarantined = ""
 
     def _next_index(self, stopped: BaseReply) -> int:
         """Next available index of a ring that was stopped: what it has consumed."""

@@ -66,6 +66,9 @@ class Worker:
         self._ctx, self._keep = loop.make_context(self._shared)
         self._polled = np.zeros(0, np.int64)
         self._watched: set[int] = set()
+        self._mapped: dict[int, int] = {}  # address: length
+        self._lost: list[int] = []  # mappings that zeroes took the place of
+        self._keep_handler = native.catch_bus_errors(self._replace)
         self._longest_sleep_s = _SLEEP_S
         self._epoll = select.epoll()
         self._epoll.register(sock.fileno(), select.EPOLLIN)
@@ -115,6 +118,7 @@ class Worker:
             now = time.monotonic_ns()
             if moved:
                 last_frame = now
+            self._report_lost()
             self._handle_messages()
             idle = not moved and now - last_frame >= self._idle_ns
             if idle and not self._busy:
@@ -164,6 +168,24 @@ class Worker:
         with self._send_lock:
             protocol.send(self._sock, message)
 
+    # --- memory that its owner takes away ---
+
+    def _replace(self, addr: int) -> bool:
+        """Put zeroes where a file has become too short; False if it is not a guest's.
+
+        Runs in the middle of a turn, instead of our death; the turn goes on with a
+        ring that makes no sense, which it can.
+        """
+        for begin, length in self._mapped.items():
+            if begin <= addr < begin + length:
+                self._lost.append(begin)
+                return native.replace_by_zeroes(begin, length) == 0
+        return False
+
+    def _report_lost(self) -> None:
+        while self._lost:
+            self._send(["lost", self._lost.pop()])
+
     # --- what the manager asks for ---
 
     def _map(self, _seq: int, mappings: list[list[int]], fds: list[int]) -> int:
@@ -173,10 +195,13 @@ class Worker:
             os.close(fd)
             if failed:
                 return failed
+            self._mapped[addr] = length
         return 0
 
     def _unmap(self, seq: int, mappings: list[list[int]]) -> None:
         """Unmapping a large guest outlasts a turn, so a helper thread does it."""
+        for addr, _, _ in mappings:
+            self._mapped.pop(addr, None)
 
         def unmap() -> None:
             for addr, length, number in mappings:

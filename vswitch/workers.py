@@ -31,7 +31,7 @@ from numpy.typing import NDArray
 from ports import cache
 from ports.aio import readable as _readable
 from ports.base import RING_STOPPED, RX
-from ports.host import Mapping
+from ports.host import Mapping, nothing
 from vswitch import rarp
 from vswitch.control import protocol
 from vswitch.errors import VswitchError
@@ -66,6 +66,14 @@ class Options(NamedTuple):
     idle_us: int
 
 
+class _Mapped(NamedTuple):
+    """A part of a file that every worker has mapped."""
+
+    mapping: Mapping
+    fd: int  # our own
+    lost: Callable[[], None]  # what to do when the file has become too short
+
+
 @dataclass
 class _Process:
     """One worker process."""
@@ -98,7 +106,7 @@ class Workers:
         self._processes: dict[int, _Process] = {}
         self._addresses = AddressPlan()
         self._numbers = numbers
-        self._mappings: dict[int, tuple[Mapping, int]] = {}  # by address; with our fd
+        self._mappings: dict[int, _Mapped] = {}  # by address
         self._fds: dict[int, int] = {}  # number in workers -> our own fd
         self._unrepaired: set[int] = set()  # numbers of the dead
         self._seq = 0
@@ -132,8 +140,8 @@ class Workers:
         await self._end(list(self._processes.values()))
         for task in self._tasks:
             task.cancel()
-        for _, fd in self._mappings.values():
-            os.close(fd)
+        for mapped in self._mappings.values():
+            os.close(mapped.fd)
         for fd in self._fds.values():
             os.close(fd)
 
@@ -218,7 +226,14 @@ class Workers:
         """REGION records, two tables of TABLE_ROWS for each slot."""
         return self._shared.regions
 
-    async def map(self, fd: int, length: int, offset: int, alignment: int) -> Mapping:
+    async def map(
+        self,
+        fd: int,
+        length: int,
+        offset: int,
+        alignment: int,
+        lost: Callable[[], None] = nothing,
+    ) -> Mapping:
         """Map a part of a file at one address in every worker. `fd` stays the caller's.
 
         Raises:
@@ -226,10 +241,8 @@ class Workers:
         """
         addr = self._addresses.take(length, alignment)
         mapping = Mapping(addr, length, offset, self._numbers.take())
-        self._mappings[addr] = (mapping, os.dup(fd))
-        result = await self.broadcast(
-            "map", [tuple(mapping)], [self._mappings[addr][1]]
-        )
+        kept = self._mappings[addr] = _Mapped(mapping, os.dup(fd), lost)
+        result = await self.broadcast("map", [tuple(mapping)], [kept.fd])
         if result < 0:
             await self.unmap([mapping])
             raise OSError(-result, os.strerror(-result))
@@ -238,7 +251,7 @@ class Workers:
     async def unmap(self, mappings: Sequence[Mapping]) -> None:
         """Take mappings away from every worker; nothing may refer to them any more."""
         rows = [(m.addr, m.length, m.number) for m in mappings]
-        ours = [self._mappings.pop(m.addr)[1] for m in mappings]
+        ours = [self._mappings.pop(m.addr).fd for m in mappings]
         await self.broadcast("unmap", rows)
         for mapping, fd in zip(mappings, ours, strict=True):
             os.close(fd)
@@ -346,12 +359,16 @@ class Workers:
                 answer.set_result(int(message[2]))
         elif message[0] == "progress" and process.number == _COMPILER:
             self._on_progress(int(message[1]), int(message[2]))
+        elif message[0] == "lost":
+            mapped = self._mappings.get(int(message[1]))
+            if mapped:
+                mapped.lost()
         elif message[0] == "ready":
             self._welcome(process)
 
     def _welcome(self, process: _Process) -> None:
         """Bring a new worker to the state of the others, then count it among them."""
-        for mapping, fd in self._mappings.values():
+        for mapping, fd, _ in self._mappings.values():
             self._tell(process, "map", [tuple(mapping)], fds=[fd])
         numbers = list(self._fds)
         for at in range(0, len(numbers), protocol.MAX_FDS):

@@ -318,4 +318,5 @@ def test_30_memory_that_is_truncated_takes_down_only_its_port(net, left):
         other.send_all(frame(BROADCAST, other))
         other.wait_sent(timeout=30)
         assert one.receive(timeout=30) == [frame(BROADCAST, other)]
-    net.switch.wait_for_port("a", lambda port: port["state"] != "up")
+    net.switch.wait_for_state("a", "quarantined")
+    assert "truncated" in net.switch.port("a")["reason"]

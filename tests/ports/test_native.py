@@ -1,7 +1,11 @@
 """Each native operation does in compiled code what its Python twin does."""
 
 import os
+import signal
+import subprocess
+import sys
 import threading
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -164,3 +168,56 @@ def test_map_fixed_refuses_to_replace_a_mapping():
         assert native.unmap(addr, 4096) == 0
     finally:
         os.close(fd)
+
+
+TOUCHES_WHAT_IS_GONE = """
+import os, sys
+from ports import native
+
+@native.jit
+def touch(addr):
+    native.store_u64(addr, 7)
+    return native.load_u64(addr)
+
+begin, length = 20 << 40, 8192
+fd = os.memfd_create("test")
+os.ftruncate(fd, length)
+assert native.map_fixed(begin, length, fd, 0) == 0
+assert touch(begin + 4096) == 7
+asked = []
+
+def repair(addr):
+    asked.append(addr - begin)
+    return sys.argv[1] == "ours" and native.replace_by_zeroes(begin, length) == 0
+
+keep = native.catch_bus_errors(repair)
+os.ftruncate(fd, 0)
+print(touch(begin + 4096), asked, flush=True)
+"""
+
+
+@pytest.fixture
+def touch_what_is_gone(tmp_path):
+    program = tmp_path / "touch.py"  # a file, or its jitted code could not be kept
+    program.write_text(TOUCHES_WHAT_IS_GONE)
+
+    def run(whose):
+        return subprocess.run(
+            [sys.executable, str(program), whose],
+            env=os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])},
+            capture_output=True,
+            text=True,
+            timeout=60,
+            check=False,
+        )
+
+    return run
+
+
+def test_a_fault_that_is_repaired_is_survived(touch_what_is_gone):
+    done = touch_what_is_gone("ours")
+    assert (done.returncode, done.stdout) == (0, "7 [4096]\n"), done.stderr
+
+
+def test_a_fault_that_is_not_repaired_is_fatal(touch_what_is_gone):
+    assert touch_what_is_gone("another's").returncode == -signal.SIGBUS
