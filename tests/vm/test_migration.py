@@ -105,7 +105,7 @@ def test_a_guest_moves_to_another_switch_under_traffic(
     here = uplink_lab
     other = here.directory / "other"
     other.mkdir()
-    with Lab(other, guest_image, namespace.prefix) as there:
+    with Lab(other, guest_image, prefix=namespace.prefix) as there:
         namespace.run("ip", "link", "add", "br0", "type", "bridge")
         namespace.run("ip", "link", "set", "br0", "up")
         for lab, name in ((here, "left0"), (there, "right0")):

@@ -72,7 +72,7 @@ def net(tools_image):
     with ExitStack() as owned:
         directory = owned.enter_context(tempfile.TemporaryDirectory(prefix="vsw-"))
         namespace = owned.enter_context(Namespace())
-        lab = owned.enter_context(Lab(Path(directory), tools_image, namespace.prefix))
+        lab = owned.enter_context(Lab(Path(directory), tools_image, prefix=namespace.prefix))
         lab.add_port(HOST, f"tap:{HOST}")
         prepare_host(namespace)
         server = owned.enter_context(
@@ -218,7 +218,7 @@ def test_super_frames_in_a_vlan_cross_two_taps_and_a_bridge(tools_image, namespa
         labs, guests = [], {}
         for number in (1, 2):
             directory = owned.enter_context(tempfile.TemporaryDirectory(prefix="vsw-"))
-            lab = Lab(Path(directory), tools_image, namespace.prefix)
+            lab = Lab(Path(directory), tools_image, prefix=namespace.prefix)
             labs.append(owned.enter_context(lab))
             lab.add_port("tap", f"tap:up{number}")
             namespace.ip(f"link set up{number} master br0")
