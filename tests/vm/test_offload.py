@@ -72,7 +72,9 @@ def net(tools_image):
     with ExitStack() as owned:
         directory = owned.enter_context(tempfile.TemporaryDirectory(prefix="vsw-"))
         namespace = owned.enter_context(Namespace())
-        lab = owned.enter_context(Lab(Path(directory), tools_image, prefix=namespace.prefix))
+        lab = owned.enter_context(
+            Lab(Path(directory), tools_image, prefix=namespace.prefix)
+        )
         lab.add_port(HOST, f"tap:{HOST}")
         prepare_host(namespace)
         server = owned.enter_context(
