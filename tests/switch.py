@@ -175,7 +175,7 @@ class Switch:
         """Ask for a port until `condition` holds for what `show` says of it."""
         deadline = time.monotonic() + timeout
         while not condition(port := self.port(name)):
-            assert time.monotonic() < deadline, f"{name} is still {port}"
+            assert time.monotonic() < deadline, f"{name} is still {port}: {self.log}"
         return port
 
     def wait_for_state(self, name, state):
