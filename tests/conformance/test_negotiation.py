@@ -89,7 +89,7 @@ def test_02_features_not_offered_are_refused_and_no_ring_starts_with_them(net, a
         else:
             assert is_cut_off(frontend, encode_request(Request.SET_FEATURES, wrong))
         guest.hang_up()
-        net.switch.wait_for_state("a", "waiting-for-frontend")
+    net.switch.wait_for_state("a", "waiting-for-frontend")
 
 
 def test_03_the_same_features_again_disturb_no_running_ring(net):
