@@ -3,6 +3,8 @@
 .PHONY: help setup setup-tests demo test check lint test-fast test-python test-bounds bench bench-tcp format clean
 
 BIN := .venv/bin
+# Two at a time, a file as a whole: most of a test is waiting, and a file shares a switch.
+PARALLEL := -n 2 --dist loadfile
 UNIT := tests/control tests/datapath tests/ports tests/test_architecture.py
 
 help: ## list the targets
@@ -19,7 +21,7 @@ demo: setup ## two real guests talk through the switch, then throughput
 	@$(BIN)/vswitch demo
 
 test: setup-tests ## run every test; with CI=true a skipped test is a failure
-	@$(BIN)/python -m pytest
+	@$(BIN)/python -m pytest $(PARALLEL)
 
 check: lint test ## what CI runs: format, lint, types, spelling, tests
 
