@@ -209,7 +209,10 @@ def test_a_listening_testpmd_gets_the_switch_back_when_its_port_is_added_again(
     lab, sender = sending
     with start_receiver(lab, "server=1", *ring) as receiver:
         assert_frames_arrive(lab, sender, receiver)
-        receiver.start()  # and so it stays
+        if not ring:
+            receiver.start()  # and so it stays
+        # DPDK sets packed rings up anew, and gives a thread that is in the middle of one
+        # a millisecond to leave it (virtio_user_reset_queues_packed): let none be there.
         lab.ask("del_port", name="receiver")
         lab.add_port("receiver", mode="client")
         lab.wait_for_state("receiver", "up")
