@@ -1,9 +1,7 @@
 """Logs of written pages, announcements, the MTU, and a machine's life. 71 to 77."""
 
-import contextlib
 import itertools
 import os
-import sys
 
 import pytest
 
@@ -27,8 +25,7 @@ from tests.system.net import (
     guest_mappings,
 )
 from tests.vm.checks import assert_moves_a_file, assert_pings
-from tests.vm.test_lifecycle import DHCP, FILES, ROUTER, SCRIPT
-from vswitch.demo.qemu import kernel_arguments
+from tests.vm.netboot import boot_server
 from vswitch.guest import GuestError
 
 STATION = b"\x02\x00\x00\x00\x00\x0a"
@@ -239,29 +236,6 @@ def test_76_an_mtu_that_cannot_be_is_refused(net):
             guest.frontend.request(Request.NET_SET_MTU, U64(mtu))
     for mtu in (68, 1500, 9000, 65535):
         assert ask(guest.frontend, Request.NET_SET_MTU, number(mtu)) == number(0)
-
-
-@contextlib.contextmanager
-def boot_server(lab, namespace, image, machine, helper):
-    """Everything that a machine needs to boot with iPXE, behind a tap and in a guest."""
-    lab.add_port("uplink0", "tap:uplink0")
-    namespace.run("ip", "address", "add", "10.77.0.254/24", "dev", "uplink0")
-    lines = "\\n".join(DHCP.format(mac=machine.mac).splitlines())
-    helper.check(f"echo -e '{lines}' > /tmp/conf && touch /tmp/leases")
-    helper.check("udhcpd /tmp/conf")
-    folder = lab.directory / "boot"
-    folder.mkdir()
-    (folder / "vmlinuz").symlink_to(image.kernel)
-    (folder / "initramfs").symlink_to(image.initramfs)
-    script = SCRIPT.format(arguments=kernel_arguments(machine))
-    (folder / "script").write_text(script)
-    with (
-        namespace.start(sys.executable, "-c", ROUTER) as router,
-        namespace.start(*FILES, folder) as files,
-    ):
-        router.stdout.readline()
-        files.stdout.readline()
-        yield
 
 
 def boot_by_network(lab, guest, start):

@@ -1,13 +1,11 @@
 """How network devices, guests and QEMU itself come and go, with traffic after each."""
 
 import re
-import sys
 from datetime import datetime
 
 import pytest
 
 from tests.vm.checks import assert_moves_a_file, assert_pings
-from vswitch.demo.qemu import kernel_arguments
 
 pytestmark = [pytest.mark.vm, pytest.mark.timeout(300)]
 
@@ -82,70 +80,4 @@ def test_a_port_that_connects_finds_each_new_qemu_at_once(lab):
         appeared = two.machine.socket_path.stat().st_ctime
         waited = connected_at(lab) - appeared
         assert waited < 1.0  # 20 ms on a machine that has nothing else to do
-    lab.assert_ledger_balances()
-
-
-# iPXE waits 16 s for a router unless one answers.
-ROUTER = """
-import socket
-with socket.socket(socket.AF_INET6, socket.SOCK_RAW, socket.IPPROTO_ICMPV6) as sock:
-    index = socket.if_nametoindex("uplink0")
-    group = socket.inet_pton(socket.AF_INET6, "ff02::2") + index.to_bytes(4, "little")
-    sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_JOIN_GROUP, group)
-    sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_MULTICAST_HOPS, 255)
-    print("ready", flush=True)
-    while True:
-        if sock.recv(2048)[0] == 133:  # a solicitation; RFC 4861
-            advertisement = bytes((134, 0, 0, 0, 64)) + bytes(11)
-            sock.sendto(advertisement, ("ff02::1", 0, 0, index))
-"""
-FILES = (sys.executable, "-u", "-m", "http.server", "8000", "--directory")
-SCRIPT = """\
-#!ipxe
-kernel vmlinuz initrd=initramfs {arguments}
-initrd initramfs
-boot
-"""
-DHCP = """\
-start 10.77.0.1
-end 10.77.0.1
-static_lease {mac} 10.77.0.1
-interface eth0
-lease_file /tmp/leases
-boot_file http://10.77.0.254:8000/script
-"""
-
-
-def test_ipxe_boots_linux_over_the_switch(uplink_lab, namespace, guest_image):
-    """Firmware's driver first, then Linux's, on one connection.
-
-    A guest tells by DHCP what to boot, the host behind a tap serves it.
-    """
-    lab = uplink_lab
-    lab.add_port("uplink0", "tap:uplink0")
-    namespace.run("ip", "address", "add", "10.77.0.254/24", "dev", "uplink0")
-    (two,) = lab.boot(lab.machine(2))
-    machine = lab.machine(1, from_network=True)
-    lines = "\\n".join(DHCP.format(mac=machine.mac).splitlines())
-    two.check(f"echo -e '{lines}' > /tmp/conf && touch /tmp/leases && udhcpd /tmp/conf")
-    folder = lab.directory / "boot"
-    folder.mkdir()
-    (folder / "vmlinuz").symlink_to(guest_image.kernel)
-    (folder / "initramfs").symlink_to(guest_image.initramfs)
-    script = SCRIPT.format(arguments=kernel_arguments(machine))
-    (folder / "script").write_text(script)
-    with (
-        namespace.start(sys.executable, "-c", ROUTER) as router,
-        namespace.start(*FILES, folder) as files,
-    ):
-        router.stdout.readline()
-        files.stdout.readline()
-        (one,) = lab.boot(machine, wait=False)
-        lab.wait_for_state("vm1", "up")
-        assert lab.port("vm1")["features"] == ["protocol_features", "version_1"]
-        one.wait_ready()
-    assert "mrg_rxbuf" in lab.port("vm1")["features"]
-    assert lab.log.count("port vm1: connected") == 1
-    assert_both_ways(one, two)
-    assert_moves_a_file(one, two)
     lab.assert_ledger_balances()
