@@ -168,7 +168,9 @@ def test_the_addresses_behind_a_port_go_with_its_guest(net, trio):
     assert len(entries(net.switch, ifname="b")) == 5
     b.disconnect()
     net.switch.wait_for_state("b", "waiting-for-frontend")
-    assert entries(net.switch, ifname="b") == []
+    net.switch.wait_for(
+        lambda: not entries(net.switch, ifname="b"), "b's addresses to go"
+    )
     deliver(a, frame(station(1), a))
     assert arrived(c)[0][-1] == frame(station(1), a)
 
