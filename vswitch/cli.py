@@ -11,7 +11,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal
 
@@ -391,8 +391,7 @@ def _print(answer: object, text: str, *, as_json: bool) -> None:
 
 
 def _print_json(answer: object, indent: int | None = 2) -> None:
-    with suppress(KeyboardInterrupt):
-        print(json.dumps(answer, indent=indent), flush=True)
+    print(json.dumps(answer, indent=indent), flush=True)
 
 
 def _plural(count: int, word: str) -> str:
