@@ -1,6 +1,6 @@
 """Frames from one built-in guest to another through one worker.
 
-    python -m bench.guest_to_guest [--seconds S] [--slices N] [--format F] [-j]
+    python -m bench.guest_to_guest [--seconds S] [--slices N] [--format F] [--ordinary] [-j]
 
 Split and packed rings take turns, slice by slice, so that a machine that changes its
 state in between is as bad for the one as for the other.
@@ -14,7 +14,7 @@ import argparse
 import json
 import sys
 from collections.abc import Iterator, Sequence
-from itertools import pairwise
+from itertools import groupby, pairwise
 from statistics import median
 from typing import Any, Final, NamedTuple
 
@@ -42,10 +42,11 @@ class Slice(NamedTuple):
 
 
 class Measured(NamedTuple):
-    """Slices of one frame length in one ring format."""
+    """Slices of one frame length in one ring format, with one kind of generator."""
 
     length: int
     form: str
+    raw: bool
     slices: list[Slice]
 
     @property
@@ -67,7 +68,8 @@ class Measured(NamedTuple):
     def name(self) -> str:
         """What it is called in JSON."""
         packed = "_packed" if self.form == "packed" else ""
-        return f"guest_to_guest_{self.length}{packed}"
+        ordinary = "" if self.raw else "_ordinary"
+        return f"guest_to_guest_{self.length}{packed}{ordinary}"
 
 
 def main() -> None:
@@ -76,21 +78,25 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=1.0, help="of a slice")
     parser.add_argument("--slices", type=int, default=5, help="of each frame length")
     parser.add_argument("--format", choices=[*FORMATS, "both"], default="both")
+    parser.add_argument("--ordinary", action="store_true", help="guests use their data")
     parser.add_argument("-j", "--json", action="store_true")
     options = parser.parse_args()
     forms = FORMATS if options.format == "both" else (options.format,)
     with running() as rig:
         idle = idle_round_cycles(rig, options.seconds)
         rows = [
-            row
+            Measured(length, form, not options.ordinary, [])
             for length in LENGTHS
-            for row in measure(rig, length, forms, options.slices, options.seconds)
+            for form in forms
         ]
+        for _, turns in groupby(rows, key=lambda row: row.length):
+            measure(rig, list(turns), options.slices, options.seconds)
     if options.json:
         for line in _json_lines(rows, idle):
             print(json.dumps(line))
         return
-    print(f"{machine.processor()}, one worker, raw generator, ring of 256")
+    kind = "ordinary" if options.ordinary else "raw"
+    print(f"{machine.processor()}, one worker, {kind} generator, ring of 256")
     print("bytes  rings     Mpps  (least to most)     Gb/s  cycles a frame  slices")
     for row in rows:
         print(_row(row))
@@ -99,35 +105,33 @@ def main() -> None:
     print(f"an idle round over 2 rings: {idle:.0f} cycles, {_ns(idle):.0f} ns")
 
 
-def measure(
-    rig: Rig, length: int, forms: Sequence[str], count: int, seconds: float
-) -> list[Measured]:
-    """Measure `count` slices of frames of one length, the formats in turn."""
-    rows = [Measured(length, form, []) for form in forms]
+def measure(rig: Rig, rows: Sequence[Measured], count: int, seconds: float) -> None:
+    """Measure `count` slices of each row, the rows in turn."""
     for _ in range(count):
         for row in rows:
-            with pair(rig, length, packed=row.form == "packed") as (sender, receiver):
-                _run(sender, receiver, length, _WARM_S)
-                row.slices.append(_slice(rig, sender, receiver, length, seconds))
-    return rows
+            packed = row.form == "packed"
+            with pair(rig, row.length, packed=packed) as (sender, receiver):
+                _run(sender, receiver, row, _WARM_S)
+                row.slices.append(_slice(rig, sender, receiver, row, seconds))
 
 
 def _slice(
-    rig: Rig, sender: Guest, receiver: Guest, length: int, seconds: float
+    rig: Rig, sender: Guest, receiver: Guest, row: Measured, seconds: float
 ) -> Slice:
     near = machine.round_trip_ns(rig.generator_cpu, rig.cpu)
     before = rig.stats()
-    totals = _run(sender, receiver, length, seconds)
+    totals = _run(sender, receiver, row, seconds)
     after = rig.stats()
     near = max(near, machine.round_trip_ns(rig.generator_cpu, rig.cpu))
-    _check(totals, before["ports"], after["ports"], f"b{length}")
+    _check(totals, before["ports"], after["ports"], f"b{row.length}")
     (old,), (new,) = before["workers"].values(), after["workers"].values()
     busy = new["busy_cycles"] - old["busy_cycles"]
     return Slice(totals.mpps, busy / (new["frames"] - old["frames"]), near)
 
 
-def _run(sender: Guest, receiver: Guest, length: int, seconds: float) -> Totals:
-    return run([Generator(sender, receiver, length)], [Sink(receiver)], seconds)
+def _run(sender: Guest, receiver: Guest, row: Measured, seconds: float) -> Totals:
+    generator = Generator(sender, receiver, row.length, raw=row.raw)
+    return run([generator], [Sink(receiver, raw=row.raw)], seconds)
 
 
 def _check(
