@@ -122,7 +122,7 @@ class Stream:
             one.prepare()
         self._sending = np.array([g.record for g in self._generators], stream.GENERATOR)
         self._receiving = np.array([s.record for s in self.sinks], stream.SINK)
-        self._exchange(0)  # compiled here, if need be
+        self._exchange()  # compiled here, if need be
         self._thread = threading.Thread(target=self._run)
         self._thread.start()
 
@@ -135,14 +135,15 @@ class Stream:
     def _run(self):
         # By default workers leave the first CPU alone.
         os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
-        self._exchange(90)
+        self._exchange(seconds=90, linger=0.3)
 
-    def _exchange(self, seconds):
+    def _exchange(self, seconds=0, linger=0.001):
+        """Send for so long at most, then receive while frames come."""
         hz = traffic.tsc_hz()
         stream.exchange(
             *(int(self._sending.ctypes.data), len(self._sending)),
             *(int(self._receiving.ctypes.data), len(self._receiving)),
-            *(int(seconds * hz), int(0.3 * hz), seconds << 39),
+            *(int(seconds * hz), int(linger * hz), 1 << 45),
             *np.zeros((2, 1024), np.int64),
         )
 
@@ -169,12 +170,13 @@ class Stream:
         The guests' rings can be used for other things again.
         """
         self._end()
-        ends = (*self._generators, *self.sinks)
-        rows = (*self._sending, *self._receiving)
-        for one, row in zip(ends, rows, strict=True):
-            one.table[0] = row
-        for generator in self._generators:
-            generator.finish(time.monotonic() + 10)
+        for generator, row in zip(self._generators, self._sending, strict=True):
+            generator.table[0] = row
+            generator.finish(time.monotonic() + 30)
+        # What was taken from a sender lies in the receivers' rings.
+        self._exchange()
+        for sink, row in zip(self.sinks, self._receiving, strict=True):
+            sink.table[0] = row
         return traffic._count(self._generators, self.sinks)
 
     def _end(self):
