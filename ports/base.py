@@ -20,10 +20,11 @@ TABLE_ROWS: Final = MAX_REGIONS + 1
 KIND_NONE: Final = 0
 KIND_VHOST_USER: Final = 1
 KIND_TAP: Final = 2
+KIND_ETH: Final = 3
 
 # Ring n of a port is virtqueue n of its device (virtio 1.2 §5.1.2): even ones are the
 # guest's receive queues, which we transmit into; odd ones its transmit queues, which we
-# receive from. A tap has one pair in the same places.
+# receive from. A tap or an interface has one pair in the same places.
 TX: Final = 0
 RX: Final = 1
 
@@ -46,27 +47,28 @@ RING: Final = np.dtype(
         ("owner", "<i8"),  # worker that polls it (rx), starts and repairs it (both)
         ("port", "<i8"),
         ("shared", "<i8"),  # 1: several workers may put into it, so take the lock
-        ("size", "<i8"),  # entries; a power of two where split
+        ("size", "<i8"),  # entries; a power of two where split; frame slots of eth
         ("header_len", "<i8"),  # bytes of virtio-net header, 12 or 10
         ("features", "<i8"),  # negotiated virtio feature bits
         # For the log of written pages: addresses of the guest's.
         ("log_used", "<i8"),  # the used ring; packed: the device's event area
         ("log_desc", "<i8"),  # the descriptor table
-        # Our addresses of the three parts; packed: ring, driver's and device's events.
+        # Our addresses of the three parts; packed: ring, driver's and device's events;
+        # eth: the packet socket's ring and nothing.
         ("desc", "<i8"),
         ("avail", "<i8"),
         ("used", "<i8"),
-        (
-            "kick_fd",
-            "<i8",
-        ),  # what a sleeping worker waits for; the tap itself for a tap
+        # What a sleeping worker waits for; the tap or packet socket itself for those. A
+        # packet socket is what we transmit into as well.
+        ("kick_fd", "<i8"),
         ("call_fd", "<i8"),
         ("err_fd", "<i8"),
         ("packed", "<i8"),  # 1: packed, 0: split
         ("number", "<i8"),  # of this row, to find its REDO rows
         # Written by the worker that polls it, or by whoever holds the lock.
         ("lock", "<i8"),  # 0 free, else worker number + 1
-        # Split: free-running, modulo 2**16. Packed: an index and the lap in bit 15.
+        # Split: free-running, modulo 2**16. Packed: an index and the lap in bit 15. Eth:
+        # the slot to be looked at next.
         ("next_avail", "<i8"),
         ("next_used", "<i8"),
         ("signalled_used", "<i8"),  # next_used at the last call check; -1: call first
@@ -101,6 +103,8 @@ PORT: Final = np.dtype(
         ("offloads", "<i8"),  # F_GUEST_* that the receiver behind the port takes
         # Written by workers, atomically.
         ("addresses", "<i8"),  # learned addresses behind this port
-        ("data_pad", "<i8", (7,)),
+        # Written by the manager: frames that the kernel had no room for.
+        ("missed", "<i8"),
+        ("data_pad", "<i8", (6,)),
     ]
 )

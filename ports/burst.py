@@ -46,6 +46,20 @@ FRAME: Final = np.dtype(
 
 SEGMENT: Final = np.dtype([("addr", "<i8"), ("len", "<i8")])
 
+# C's struct mmsghdr, its padding as part of the words: frames for sendmmsg.
+MESSAGE: Final = np.dtype(
+    [
+        ("name", "<i8"),
+        ("name_len", "<i8"),
+        ("pieces", "<i8"),  # address of SEGMENT rows
+        ("n_pieces", "<i8"),
+        ("control", "<i8"),
+        ("control_len", "<i8"),
+        ("flags", "<i8"),
+        ("sent", "<i8"),  # bytes, written by the kernel
+    ]
+)
+
 # A tap's frames are read into our own memory: one slot a frame. The odd line keeps the
 # slots of one burst from competing for the same cache sets.
 TAP_SLOT: Final = 65536 + 192
@@ -67,6 +81,8 @@ CONTEXT: Final = np.dtype(
         ("burst", "<i8"),  # FRAME[2 * BURST_SIZE]; the second half for `offload.lower`
         ("segments", "<i8"),  # SEGMENT rows of the burst
         ("targets", "<i8"),  # SEGMENT rows of one delivery
+        ("messages", "<i8"),  # MESSAGE rows of one delivery
+        ("message_headers", "<i8"),  # the virtio-net header of each
         ("heads", "<i8"),  # heads of frames; the first is for headers we write
         ("tap_slots", "<i8"),
         ("headers", "<i8"),  # clean headers of frames that ask for something
@@ -90,6 +106,8 @@ def make_scratch() -> dict[str, "np.ndarray[Any, np.dtype[Any]]"]:
         "burst": np.zeros(2 * BURST_SIZE, FRAME),
         "segments": np.zeros(BURST_SIZE * MAX_SEGMENTS, SEGMENT),
         "targets": np.zeros(MAX_TARGETS, SEGMENT),
+        "messages": np.zeros(BURST_SIZE, MESSAGE),
+        "message_headers": np.zeros(BURST_SIZE * HEADER_SLOT, np.uint8),
         "heads": np.zeros((BURST_SIZE + 1) * ETH_SNAPSHOT, np.uint8),
         "tap_slots": np.zeros(BURST_SIZE * TAP_SLOT, np.uint8),
         "headers": np.zeros(BURST_SIZE * HEADER_SLOT, np.uint8),

@@ -7,8 +7,9 @@ line to each if-chain; chains of ints inline where function values do not.
 
 from typing import Final
 
-from ports import flow, offload, tap_data
+from ports import eth_data, flow, offload, tap_data
 from ports.base import (
+    KIND_ETH,
     KIND_TAP,
     KIND_VHOST_USER,
     RING,
@@ -42,6 +43,8 @@ def receive(ring: Record, port: Record, ctx: Record, tally: Record) -> int:
         return virtqueue.take(ring, port, ctx, tally)
     if int(port["kind"]) == KIND_TAP:
         return tap_data.receive(port, ctx)
+    if int(port["kind"]) == KIND_ETH:
+        return eth_data.receive(ring, ctx)
     return 0
 
 
@@ -63,6 +66,8 @@ def release(ring: Record, port: Record, ctx: Record, n: int, tally: Record) -> N
     if int(port["kind"]) == KIND_VHOST_USER:
         virtqueue.release(ring, port, ctx, n)
         virtqueue.call(ring, tally)
+    elif int(port["kind"]) == KIND_ETH:
+        eth_data.release(ring, n)
 
 
 @jit
@@ -166,6 +171,9 @@ def _transmit_run(
     if int(port["kind"]) == KIND_TAP:
         return tap_data.transmit(port, ctx, n, tally)
     first = egress * RINGS_PER_PORT + TX
+    if int(port["kind"]) == KIND_ETH:
+        ring = ring_at(int(ctx["rings"]), first)
+        return eth_data.transmit(port, ring, ctx, n, tally)
     if int(port["pairs"]) <= 1:
         return _transmit_ring(ctx, first, port, worker, n, tally)
     return _transmit_spread(ctx, first, port, worker, n, tally)
@@ -254,6 +262,8 @@ def ask_for_kicks(ring: Record, port: Record, ctx: Record) -> bool:
     """Ask to be woken by the next frame; True if one is here already."""
     if int(port["kind"]) == KIND_VHOST_USER:
         return virtqueue.ask_for_kicks(ring, port, ctx)
+    if int(port["kind"]) == KIND_ETH:
+        return eth_data.has_frame(ring)
     return False
 
 

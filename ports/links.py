@@ -1,4 +1,4 @@
-"""Network interfaces through netlink: bring one up, hear of changes.
+"""Network interfaces through netlink: look at one, bring it up, hear of changes.
 
 The only file that knows pyroute2, which is loaded when the first uplink is added.
 """
@@ -10,27 +10,47 @@ import logging
 import os
 import socket
 from collections.abc import AsyncIterator, Callable
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 from ports.errors import PortError, errno_name
 
 _RTMGRP_LINK: Final = 1
 _IFF_UP: Final = 1
+_IFF_LOWER_UP: Final = 1 << 16
+_RT_SCOPE_LINK: Final = 253
+_LONGEST_NAME: Final = 15
 _AGAIN_S: Final = 0.1
 
 _log = logging.getLogger(__name__)
+
+
+class Link(NamedTuple):
+    """An interface as it is now."""
+
+    ifindex: int
+    is_up: bool  # set up by whoever runs the machine
+    has_carrier: bool
+    mtu: int
+    hardware: int  # ARPHRD_*, linux/if_arp.h
+    master: int  # index of the bridge or bond that has it, or 0
 
 
 class LinkMonitor:
     """Whether one interface is up, from now on.
 
     `changed` is called with "up", "down", "gone", or "moved" (to another network
-    namespace, where we do not see it) at once and at every change.
+    namespace, where we do not see it) at once and at every change. `link` is the
+    interface as it was last seen. With `returns`, another interface that gets the name
+    of one that is gone or moved is followed in its place.
     """
 
-    def __init__(self, name: str, changed: Callable[[str], None]) -> None:
+    def __init__(
+        self, name: str, changed: Callable[[str], None], *, returns: bool = False
+    ) -> None:
+        self.link: Link | None = None
         self._name = name
         self._changed = changed
+        self._returns = returns
         self._index = 0
         self._task: asyncio.Task[None] | None = None
 
@@ -72,21 +92,88 @@ class LinkMonitor:
     async def _follow(self, started: "asyncio.Future[None]") -> None:
         async with _netlink() as netlink:
             await netlink.bind(groups=_RTMGRP_LINK)
-            self._changed(await _look(netlink, self._index))
+            self._note(await self._find(netlink))
             if not started.done():
                 started.set_result(None)
             while True:
                 async for event in netlink.get():
                     self._look_at(event)
 
+    async def _find(self, netlink: Any) -> Link | None:  # noqa: ANN401 (no types)
+        link = await _look(netlink, self._index)
+        if link is None and self._returns:
+            with contextlib.suppress(OSError):  # there is none
+                self._index = socket.if_nametoindex(self._name)
+                link = await _look(netlink, self._index)
+        return link
+
     def _look_at(self, event: Any) -> None:  # noqa: ANN401 (pyroute2 has no types)
+        kind = event.get("event")
         if event.get("index") != self._index:
-            return
-        if event.get("event") == "RTM_DELLINK":
+            vacant = self._returns and self.link is None
+            if not (
+                vacant and kind == "RTM_NEWLINK" and event.get("ifname") == self._name
+            ):
+                return
+            self._index = int(event["index"])
+        if kind == "RTM_DELLINK":
+            self.link = None
             moved = event.get("new_ifindex") is not None
             self._changed("moved" if moved else "gone")
-        elif event.get("event") == "RTM_NEWLINK":
-            self._changed("up" if int(event["flags"]) & _IFF_UP else "down")
+        elif kind == "RTM_NEWLINK":
+            self._note(_link(event))
+
+    def _note(self, link: Link | None) -> None:
+        self.link = link
+        if link is None:
+            self._changed("gone")
+        else:
+            self._changed("up" if link.is_up else "down")
+
+
+def check_name(kind: str, interface: str) -> None:
+    """Refuse a name that no interface can have.
+
+    Raises:
+        PortError: It is empty, too long, or has a character the kernel refuses.
+    """
+    cannot = f"cannot use {kind} {interface!r}"
+    if not 0 < len(interface.encode()) <= _LONGEST_NAME:
+        message = f"{cannot}: a name has 1 to {_LONGEST_NAME} bytes"
+        raise PortError(f"{message} (choose another)")
+    if interface in {".", ".."} or any(c.isspace() or c in "/:%\0" for c in interface):
+        message = f"{cannot}: it has a character the kernel refuses"
+        raise PortError(f"{message} (use letters, digits, - and _)")
+
+
+async def look_up(name: str) -> Link:
+    """An interface as it is now.
+
+    Raises:
+        PortError: There is none of that name.
+    """
+    link = None
+    with contextlib.suppress(OSError):  # there is none of that name
+        index = socket.if_nametoindex(name)
+        async with _netlink() as netlink:
+            link = await _look(netlink, index)
+    if link is None:
+        raise PortError(f"there is no interface {name} (choose one of: ip link show)")
+    return link
+
+
+async def addresses(index: int) -> list[str]:
+    """The interface's IP addresses, as 192.0.2.1/24, but for those of its link alone.
+
+    Raises:
+        OSError: Netlink refuses us.
+    """
+    async with _netlink() as netlink:
+        return [
+            f"{found.get('local') or found.get('address')}/{found['prefixlen']}"
+            async for found in await netlink.get_addr(index=index)
+            if found["scope"] != _RT_SCOPE_LINK
+        ]
 
 
 async def bring_up(name: str) -> None:
@@ -98,7 +185,8 @@ async def bring_up(name: str) -> None:
     try:
         index = socket.if_nametoindex(name)
         async with _netlink() as netlink:
-            if await _look(netlink, index) == "down":
+            link = await _look(netlink, index)
+            if link and not link.is_up:
                 await netlink.link("set", index=index, state="up")
     except PermissionError as error:
         text = f"cannot set {name} up: EPERM: we have no CAP_NET_ADMIN"
@@ -120,7 +208,7 @@ async def _netlink() -> AsyncIterator[Any]:
         raise OSError(error.code, os.strerror(error.code)) from error
 
 
-async def _look(netlink: Any, index: int) -> str:  # noqa: ANN401 (no types)
+async def _look(netlink: Any, index: int) -> Link | None:  # noqa: ANN401 (no types)
     from pyroute2.netlink.exceptions import NetlinkError  # noqa: PLC0415
 
     try:
@@ -129,6 +217,16 @@ async def _look(netlink: Any, index: int) -> str:  # noqa: ANN401 (no types)
         if error.code != errno.ENODEV:
             raise
         links = []
-    if not links:
-        return "gone"
-    return "up" if links[0]["flags"] & _IFF_UP else "down"
+    return _link(links[0]) if links else None
+
+
+def _link(message: Any) -> Link:  # noqa: ANN401 (pyroute2 has no types)
+    flags = int(message["flags"])
+    return Link(
+        ifindex=int(message["index"]),
+        is_up=bool(flags & _IFF_UP),
+        has_carrier=bool(flags & _IFF_LOWER_UP),
+        mtu=int(message.get("mtu") or 0),
+        hardware=int(message["ifi_type"]),
+        master=int(message.get("master") or 0),
+    )

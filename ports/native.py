@@ -310,6 +310,9 @@ _c_read: Final = types.ExternalFunction(
 _c_writev: Final = types.ExternalFunction(
     "writev", types.int64(types.int32, types.int64, types.int32)
 )
+_c_sendmmsg: Final = types.ExternalFunction(
+    "sendmmsg", types.int32(types.int32, types.int64, types.int32, types.int32)
+)
 _c_eventfd_write: Final = types.ExternalFunction(
     "eventfd_write", types.int32(types.int32, types.int64)
 )
@@ -588,6 +591,18 @@ def writev_fd(fd: int, iovecs: int, count: int) -> int:
     return got if got >= 0 else -ctypes.get_errno()
 
 
+_MSG_DONTWAIT: Final = 0x40
+
+
+def sendmmsg_fd(fd: int, messages: int, count: int) -> int:
+    """Send up to `count` struct mmsghdr at address `messages`; how many, or -errno.
+
+    An error of any but the first ends the count before it, and is returned next time.
+    """
+    got = int(_libc.sendmmsg(fd, ctypes.c_void_p(messages), count, _MSG_DONTWAIT))
+    return got if got >= 0 else -ctypes.get_errno()
+
+
 def copy_bytes(dst: int, src: int, length: int) -> None:
     """Copy a frame or a part of one; never touches a byte outside `length`."""
     ctypes.memmove(dst, src, length)
@@ -680,6 +695,15 @@ def _read_fd(fd: Any, addr: Any, length: Any) -> Any:
 def _writev_fd(fd: Any, iovecs: Any, count: Any) -> Any:
     def body(fd: int, iovecs: int, count: int) -> int:
         got = _c_writev(fd, iovecs, count)
+        return got if got >= 0 else -_load_u32(_c_errno())
+
+    return body
+
+
+@overload(sendmmsg_fd, strict=False)
+def _sendmmsg_fd(fd: Any, messages: Any, count: Any) -> Any:
+    def body(fd: int, messages: int, count: int) -> int:
+        got = _c_sendmmsg(fd, messages, count, _MSG_DONTWAIT)
         return got if got >= 0 else -_load_u32(_c_errno())
 
     return body

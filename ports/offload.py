@@ -86,6 +86,7 @@ _TCP_HEADER: Final = 20
 _UDP_HEADER: Final = 8
 _TCP: Final = 6
 _UDP: Final = 17
+_TCP_OFFSET: Final = 12  # header length in words, in the upper half of a byte
 _TCP_CSUM: Final = 16
 _UDP_CSUM: Final = 6
 _ROUTING: Final = 43
@@ -168,6 +169,16 @@ def _least_headers(gso_type: int, csum_start: int, csum_offset: int) -> int:
 
 
 @jit
+def shift(clean: int, by: int) -> None:
+    """Make a clean header that of a frame with `by` bytes put into its head."""
+    word = load_any_u64(clean)
+    hdr_len = (word >> 16) & _U16
+    if hdr_len != 0:
+        store_any_u16(clean + 2, hdr_len + by)
+    store_any_u16(clean + 6, ((word >> 48) & _U16) + by)
+
+
+@jit
 def write_header(addr: int, header_len: int, frame: Record, num_buffers: int) -> None:
     """Write a frame's header. virtio 1.2 §5.1.6.4.1: num_buffers >= 1."""
     clean = int(frame["offload"])
@@ -215,6 +226,38 @@ def wire_length(frame: Record) -> int:
     if gso_size == 0:
         return length
     return min(length, ((word >> 16) & _U16) + gso_size)
+
+
+@jit
+def segment_length(ctx: Record, frame: Record) -> int:
+    """Bytes of the longest segment of a super-frame.
+
+    The header's own length is a hint at best: Linux gives the contiguous part of a
+    frame. So it is TCP's that is looked at.
+    """
+    clean = int(frame["offload"])
+    word = load_any_u64(clean)
+    headers = (word >> 48) & _U16
+    if (word >> 8) & 0xFF == NET_HDR_GSO_UDP_L4:
+        headers += _UDP_HEADER
+    else:
+        headers += 4 * (byte_at(ctx, frame, headers + _TCP_OFFSET) >> 4)
+    return min(int(frame["length"]), headers + ((word >> 32) & _U16))
+
+
+@jit
+def byte_at(ctx: Record, frame: Record, at: int) -> int:
+    """Byte `at` of a frame, which is that long, in one piece or several."""
+    pieces = int(frame["segments"])
+    if pieces == 1:
+        return load_u8(int(frame["addr"]) + at)
+    first = int(frame["first_segment"])
+    for k in range(first, first + pieces):
+        segment = segment_at(int(ctx["segments"]), k)
+        if at < int(segment["len"]):
+            return load_u8(int(segment["addr"]) + at)
+        at -= int(segment["len"])
+    return 0
 
 
 @jit
@@ -301,7 +344,7 @@ def _cut(
         return 0, 0
     headers = l4 + _UDP_HEADER
     if protocol == _TCP:
-        headers = l4 + 4 * (load_u8(whole + l4 + 12) >> 4)
+        headers = l4 + 4 * (load_u8(whole + l4 + _TCP_OFFSET) >> 4)
         if headers < l4 + _TCP_HEADER:
             return 0, 0
     if headers >= length:

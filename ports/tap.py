@@ -13,6 +13,7 @@ import fcntl
 import os
 import socket
 import struct
+from collections.abc import Sequence
 from typing import Final, cast
 
 import numpy as np
@@ -30,7 +31,7 @@ from ports.base import (
 from ports.burst import MAX_FRAME
 from ports.errors import PortError
 from ports.host import Host, State
-from ports.links import LinkMonitor, bring_up
+from ports.links import LinkMonitor, bring_up, check_name
 from ports.vhost.features import (
     RECEIVER,
     RECEIVER_USO,
@@ -51,7 +52,6 @@ _IFF_TAP: Final = 0x0002
 _IFF_MULTI_QUEUE: Final = 0x0100
 _IFF_NO_PI: Final = 0x1000
 _IFREQ: Final = "16sH22x"
-_LONGEST_NAME: Final = 15
 _DEVICE: Final = "/dev/net/tun"
 
 _CAUSES: Final = {
@@ -69,6 +69,7 @@ class TapPort:
 
     kind = "tap"
     mode = ""
+    warnings: Sequence[str] = ()
 
     def __init__(self, host: Host, slot: int, name: str, interface: str) -> None:
         self.name = name
@@ -155,20 +156,6 @@ class TapPort:
         return cast("np.void", self._host.rings[self._slot * RINGS_PER_PORT + index])
 
 
-def check_name(interface: str) -> None:
-    """Refuse a name that no interface can have.
-
-    Raises:
-        PortError: It is empty, too long, or has a character the kernel refuses.
-    """
-    if not 0 < len(interface.encode()) <= _LONGEST_NAME:
-        message = f"cannot use tap {interface!r}: a name has 1 to {_LONGEST_NAME} bytes"
-        raise PortError(f"{message} (choose another)")
-    if interface in {".", ".."} or any(c.isspace() or c in "/:%\0" for c in interface):
-        message = f"cannot use tap {interface!r}: it has a character the kernel refuses"
-        raise PortError(f"{message} (use letters, digits, - and _)")
-
-
 def attach(interface: str) -> tuple[int, bool]:
     """Open a tap, non-blocking, with virtio-net headers; made if it is absent.
 
@@ -178,7 +165,7 @@ def attach(interface: str) -> tuple[int, bool]:
     Raises:
         PortError: It is no tap, is taken, or we lack the right.
     """
-    check_name(interface)
+    check_name("tap", interface)
     verb = "attach to" if _exists(interface) else "make"
     fd = -1
     try:

@@ -9,17 +9,16 @@ and completes and cuts ours.
 import errno
 from typing import Final
 
-from ports import offload
+from ports import gathered, offload
 from ports.base import NO_FD
 from ports.burst import (
-    ADDRESSES_LEN,
     BURST_SIZE,
     MIN_FRAME,
     TAP_SLOT,
     TOO_SHORT,
 )
 from ports.native import Record, jit, load_u64, read_fd, writev_fd
-from ports.views import frame_at, segment_at
+from ports.views import frame_at
 
 HEADER_LEN: Final = offload.HEADER_LEN
 _EINVAL: Final = errno.EINVAL
@@ -66,7 +65,8 @@ def transmit(port: Record, ctx: Record, n: int, tally: Record) -> int:
         if length > max_frame and offload.wire_length(frame) > max_frame:
             tally["tx_drop_too_long"] += 1
             continue
-        got = _write(fd, ctx, frame, length)
+        rows = gathered.gather(ctx, frame, length, int(ctx["heads"]), HEADER_LEN, 0)
+        got = writev_fd(fd, int(ctx["targets"]), rows)
         if got == HEADER_LEN + length:
             arrived += 1
             tally["tx_bytes"] += length
@@ -78,31 +78,3 @@ def transmit(port: Record, ctx: Record, n: int, tally: Record) -> int:
             tally["tx_drop_link_down"] += 1
     tally["tx_frames"] += arrived
     return arrived
-
-
-@jit
-def _write(fd: int, ctx: Record, frame: Record, length: int) -> int:
-    """Write a header, the judged addresses, the frame's rest; bytes or -errno."""
-    targets = int(ctx["targets"])
-    header = segment_at(targets, 0)
-    header["addr"] = int(ctx["heads"])
-    header["len"] = HEADER_LEN
-    offload.write_header(int(ctx["heads"]), HEADER_LEN, frame, 0)
-    judged = segment_at(targets, 1)
-    judged["addr"] = int(frame["eth"])
-    judged["len"] = ADDRESSES_LEN
-    pieces = int(frame["segments"])
-    if pieces == 1:
-        piece = segment_at(targets, 2)
-        piece["addr"] = int(frame["addr"]) + ADDRESSES_LEN
-        piece["len"] = length - ADDRESSES_LEN
-        return writev_fd(fd, targets, 3)
-    skip = ADDRESSES_LEN
-    for k in range(pieces):
-        source = segment_at(int(ctx["segments"]), int(frame["first_segment"]) + k)
-        passed = min(skip, int(source["len"]))
-        skip -= passed
-        piece = segment_at(targets, 2 + k)
-        piece["addr"] = int(source["addr"]) + passed
-        piece["len"] = int(source["len"]) - passed
-    return writev_fd(fd, targets, 2 + pieces)

@@ -19,6 +19,7 @@ import contextlib
 import logging
 import socket
 import time
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Final, NamedTuple, TypeVar, cast
@@ -103,6 +104,7 @@ class VhostUserPort:
     """Control half of a vhost-user port."""
 
     kind = "vhost-user"
+    warnings: Sequence[str] = ()
 
     def __init__(
         self,

@@ -3,7 +3,7 @@
 from typing import Final
 
 from ports.base import PORT, REDO, REGION, RING
-from ports.burst import FRAME, SEGMENT
+from ports.burst import FRAME, MESSAGE, SEGMENT
 from ports.native import records_at
 
 port_at: Final = records_at(PORT)
@@ -12,3 +12,4 @@ redo_at: Final = records_at(REDO)
 region_at: Final = records_at(REGION)
 frame_at: Final = records_at(FRAME)
 segment_at: Final = records_at(SEGMENT)
+message_at: Final = records_at(MESSAGE)

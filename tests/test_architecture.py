@@ -16,6 +16,7 @@ NUMBA_FREE = (
     "ports.burst",
     "ports.cache",
     "ports.counters",
+    "ports.eth",
     "ports.tap",
     "ports.vhost.channel",
     "ports.vhost.messages",
@@ -42,6 +43,7 @@ FORBIDDEN = (
     ("vswitch.guest", "vswitch.datapath"),
     ("ports.vhost", "ports.dispatch"),
     ("ports.tap_data", "ports.vhost"),
+    ("ports.eth_data", "ports.vhost"),
 )
 
 

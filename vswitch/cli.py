@@ -183,7 +183,8 @@ def add_port(
         str,
         typer.Argument(
             metavar="ENDPOINT",
-            help="A vhost-user socket's path (or vhost:PATH), or tap:IFNAME.",
+            help="A vhost-user socket's path (or vhost:PATH), tap:IFNAME for a tap of our "
+            "own, or eth:IFNAME for an interface that is there.",
         ),
     ],
     name: Annotated[str | None, typer.Option(help="What to call the port.")] = None,
@@ -226,6 +227,8 @@ def add_port(
     if leads_to.kind == endpoint.VHOST:
         text = qemu_line.libvirt_text if libvirt else qemu_line.qemu_text
         lines = text(chosen, Path(leads_to.rest), mode, queues or 1)
+    for warning in answer["warnings"]:
+        print(f"warning: {warning}", file=sys.stderr)
     if as_json:
         _print_json(answer | {"arguments": lines})
         return

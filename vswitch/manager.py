@@ -178,6 +178,7 @@ class Manager:
             "endpoint": entry.endpoint.text,
             "mode": entry.port.mode,
             "changed": changed,
+            "warnings": list(entry.port.warnings),
         }
 
     async def _del_port(self, wanted: Arguments) -> Arguments:

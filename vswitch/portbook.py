@@ -3,14 +3,16 @@
 import contextlib
 import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Final, Protocol
 
 from ports.base import MAX_PAIRS, MAX_PORTS, NO_FD, RINGS_PER_PORT
 from ports.errors import PortError
+from ports.eth import EthPort
 from ports.host import State
-from ports.tap import TapPort, check_name
+from ports.links import check_name
+from ports.tap import TapPort
 from ports.vhost_user import VhostUserPort
 from vswitch.control import endpoint
 from vswitch.control.endpoint import Endpoint
@@ -20,6 +22,10 @@ from vswitch.workers import Workers
 
 _GUEST_ADDRESSES: Final = 16384
 _UPLINK_ADDRESSES: Final = 65536
+_UPLINKS: Final[dict[str, type[TapPort] | type[EthPort]]] = {
+    endpoint.TAP: TapPort,
+    endpoint.ETH: EthPort,
+}
 
 _log = logging.getLogger(__name__)
 
@@ -32,6 +38,7 @@ class Port(Protocol):
     name: str
     kind: str
     mode: str
+    warnings: Sequence[str]  # what whoever added it should know
 
     async def open(self) -> None:
         """Begin. Raises PortError."""
@@ -166,16 +173,16 @@ class PortBook:
             text = f"cannot add port {name}: the name is taken by {taken}"
             raise VswitchError(f"{text} (choose another with --name)")
         for entry in self:
-            if entry.endpoint == leads_to:
+            if _are_one(entry.endpoint, leads_to):
                 other = entry.port.name
-                text = f"cannot add port {name}: {leads_to.text} is port {other}"
+                text = f"cannot add port {name}: {entry.endpoint.text} is port {other}"
                 raise VswitchError(f"{text} (vswitch del-port {other})")
         return None
 
     def _make(
         self, slot: int, name: str, leads_to: Endpoint, wanted: Arguments
     ) -> Port:
-        uplink = leads_to.kind == endpoint.TAP
+        uplink = _UPLINKS.get(leads_to.kind)
         pairs = _number(wanted, "queues", MAX_PAIRS, MAX_PAIRS)
         limit = _UPLINK_ADDRESSES if uplink else _GUEST_ADDRESSES
         addresses = _number(wanted, "max_addresses", limit, _UPLINK_ADDRESSES)
@@ -184,8 +191,8 @@ class PortBook:
         header = self._shared.header[0]
         header["port_slots"] = max(int(header["port_slots"]), slot + 1)
         if uplink:
-            check_name(leads_to.rest)
-            return TapPort(self._workers, slot, name, leads_to.rest)
+            check_name(leads_to.kind, leads_to.rest)
+            return uplink(self._workers, slot, name, leads_to.rest)
         return VhostUserPort(
             self._workers,
             slot,
@@ -213,6 +220,13 @@ class PortBook:
         rings[:] = 0
         for field in ("kick_fd", "call_fd", "err_fd"):
             rings[field] = NO_FD
+
+
+def _are_one(one: Endpoint, other: Endpoint) -> bool:
+    """Whether two endpoints lead to the same thing; an interface is one of any kind."""
+    if one.kind in _UPLINKS and other.kind in _UPLINKS:
+        return one.rest == other.rest
+    return one == other
 
 
 async def _open(port: Port) -> None:

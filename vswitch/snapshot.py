@@ -79,6 +79,8 @@ def stats(shared: Shared, slots: dict[str, int]) -> dict[str, Any]:
         name: {
             counter: int(shared.counters[counter][:, slot].sum()) for counter in NAMES
         }
+        # Not part of the ledger: they never reached us.
+        | {"rx_missed": int(shared.ports[slot]["missed"])}
         for name, slot in slots.items()
     }
     workers = {}

@@ -95,7 +95,7 @@ def stats(answer: dict[str, Any]) -> str:
     drops = [
         (name, counter, f"{count:,}")
         for name, port in ports.items()
-        for counter, count in _drops(port).items()
+        for counter, count in (_drops(port) | _missed(port)).items()
     ]
     if drops:
         parts.append(align(("PORT", "DROP", "FRAMES"), drops, frozenset({2})))
@@ -163,6 +163,11 @@ def si(number: float) -> str:
 
 def _drops(port: dict[str, Any]) -> dict[str, Any]:
     return {name: n for name, n in port.items() if f"_{_DROP}_" in name and n}
+
+
+def _missed(port: dict[str, Any]) -> dict[str, Any]:
+    """Frames that the kernel lost before they came to us, if any."""
+    return {"rx_missed": port["rx_missed"]} if port.get("rx_missed") else {}
 
 
 def _since(moment: float) -> str:

@@ -2,8 +2,9 @@
 
     vm1.sock, ./vm1.sock, vhost:vm1.sock   a vhost-user socket, name vm1
     tap:uplink0                            a Linux tap device, name uplink0
+    eth:eth1                               an interface that is there, name eth1
 
-Kept in full: `vhost:` and an absolute path, or `tap:` and the interface's name.
+Kept in full: `vhost:` and an absolute path, or the kind and the interface's name.
 """
 
 import re
@@ -14,7 +15,8 @@ from vswitch.errors import ConfigError
 
 VHOST: Final = "vhost"
 TAP: Final = "tap"
-KNOWN: Final = (VHOST, TAP)
+ETH: Final = "eth"
+KNOWN: Final = (VHOST, TAP, ETH)
 
 _SOCKET_SUFFIX: Final = ".sock"
 _KIND: Final = re.compile(r"([a-z]+):(.*)", re.DOTALL)

@@ -1,0 +1,138 @@
+"""A packet socket with a ring, as an eth port uses it: everything that is set on one.
+
+linux/if_packet.h, linux/filter.h, packet(7).
+"""
+
+import contextlib
+import ctypes
+import errno
+import fcntl
+import os
+import socket
+import struct
+from typing import Final
+
+from ports.errors import PortError
+from ports.packet_ring import (
+    BLOCK,
+    BLOCKS,
+    RING_LEN,
+    SLOT,
+    SLOTS,
+    TPACKET_V2,
+    VNET_HDR_LEN,
+)
+
+_SOL_PACKET: Final = 263
+_ADD_MEMBERSHIP: Final = 1
+_RX_RING: Final = 5
+_STATISTICS: Final = 6
+_VERSION: Final = 10
+_VNET_HDR: Final = 15
+_IGNORE_OUTGOING: Final = 23  # since Linux 4.20
+_VNET_HDR_SZ: Final = 24  # since Linux 6.5
+_MR_PROMISC: Final = 1
+_ETH_P_ALL: Final = 3
+_SO_SNDBUFFORCE: Final = 32
+_SO_ATTACH_FILTER: Final = 26
+_SIOCGIWNAME: Final = 0x8B01
+_SEND_BUFFER: Final = 4 << 20
+
+# Classic BPF: return 0 for PACKET_OUTGOING, else all of the frame.
+_FILTER: Final = (
+    (0x28, 0, 0, 0xFFFFF000 + 4),  # ldh SKF_AD_OFF + SKF_AD_PKTTYPE
+    (0x15, 0, 1, 4),  # jeq PACKET_OUTGOING
+    (0x06, 0, 0, 0),  # ret 0
+    (0x06, 0, 0, 0xFFFFFFFF),  # ret all
+)
+
+_CAUSES: Final = {
+    errno.EPERM: "we have no CAP_NET_RAW (run as root, or grant the capability)",
+    errno.ENOMEM: f"no memory for a ring of {RING_LEN >> 20} MiB (free some)",
+    errno.ENODEV: "it is gone (ip link show)",
+}
+
+
+def open_socket(interface: str, index: int) -> tuple[socket.socket, bool]:
+    """Open a packet socket on an interface, promiscuous, with a ring that fills.
+
+    Returns:
+        The socket, and whether the kernel has UDP segments come and go by it.
+
+    Raises:
+        PortError: We lack the right, the kernel the memory, or the interface is gone.
+    """
+    sock = None
+    try:
+        sock = socket.socket(socket.AF_PACKET, socket.SOCK_RAW, 0)
+        sock.setblocking(False)
+        sock.setsockopt(_SOL_PACKET, _VERSION, TPACKET_V2)
+        segments_udp = take_headers(sock)
+        _set_send_buffer(sock)
+        ring = struct.pack("4I", BLOCK, BLOCKS, SLOT, SLOTS)
+        sock.setsockopt(_SOL_PACKET, _RX_RING, ring)
+        ignore_outgoing(sock)
+        membership = struct.pack("iHH8x", index, _MR_PROMISC, 0)
+        sock.setsockopt(_SOL_PACKET, _ADD_MEMBERSHIP, membership)
+        sock.bind((interface, _ETH_P_ALL))
+    except OSError as error:
+        if sock:
+            sock.close()
+        number = error.errno or 0
+        cause = _CAUSES.get(number, os.strerror(number))
+        name = errno.errorcode.get(number)
+        message = f"cannot attach to interface {interface}: {name}: {cause}"
+        raise PortError(message) from error
+    return sock, segments_udp
+
+
+def take_headers(sock: socket.socket, option: int = _VNET_HDR_SZ) -> bool:
+    """Have virtio-net headers before frames; whether they may ask for UDP segments.
+
+    Those came in Linux 6.2. A kernel that has the newer option knows them.
+    """
+    with contextlib.suppress(OSError):
+        sock.setsockopt(_SOL_PACKET, option, VNET_HDR_LEN)
+        return True
+    sock.setsockopt(_SOL_PACKET, _VNET_HDR, 1)
+    return False
+
+
+def ignore_outgoing(sock: socket.socket, option: int = _IGNORE_OUTGOING) -> None:
+    """See only what comes in: what goes out is ours, or this machine's own."""
+    try:
+        sock.setsockopt(_SOL_PACKET, option, 1)
+    except OSError:
+        code = b"".join(struct.pack("HBBI", *line) for line in _FILTER)
+        memory = ctypes.create_string_buffer(code)
+        program = struct.pack("HP", len(_FILTER), ctypes.addressof(memory))
+        sock.setsockopt(socket.SOL_SOCKET, _SO_ATTACH_FILTER, program)
+
+
+def count_missed(sock: socket.socket) -> int:
+    """Frames that found the ring full since the last call."""
+    packets_and_drops = sock.getsockopt(_SOL_PACKET, _STATISTICS, 8)
+    return int(struct.unpack("2I", packets_and_drops)[1])
+
+
+def forget_error(sock: socket.socket) -> None:
+    """Clear what a link that went down left for the next call, which may be much later."""
+    sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
+
+
+def is_wireless(interface: str) -> bool:
+    """Whether it is a wireless station, which may send only from its own address."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
+        try:
+            fcntl.ioctl(sock, _SIOCGIWNAME, struct.pack("32s", interface.encode()))
+        except OSError:
+            return False
+    return True
+
+
+def _set_send_buffer(sock: socket.socket) -> None:
+    """Room for super-frames on their way through a driver."""
+    try:
+        sock.setsockopt(socket.SOL_SOCKET, _SO_SNDBUFFORCE, _SEND_BUFFER)
+    except PermissionError:  # no CAP_NET_ADMIN: as much as everybody may have
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _SEND_BUFFER)
