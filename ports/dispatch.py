@@ -172,7 +172,8 @@ def _transmit_run(
         return tap_data.transmit(port, ctx, n, tally)
     first = egress * RINGS_PER_PORT + TX
     if int(port["kind"]) == KIND_ETH:
-        ring = ring_at(int(ctx["rings"]), first)
+        pair = worker % int(port["pairs"])
+        ring = ring_at(int(ctx["rings"]), first + 2 * pair)
         return eth_data.transmit(port, ring, ctx, n, tally)
     if int(port["pairs"]) <= 1:
         return _transmit_ring(ctx, first, port, worker, n, tally)

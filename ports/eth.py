@@ -4,6 +4,9 @@ Life cycle: `open` attaches to the interface, which is its owner's and stays as 
 for being promiscuous as long as we are attached. A keeper follows the link: up and down
 are shown, and an interface that comes back under the same name is attached to anew.
 
+Where several workers forward, each has a pair of its own, which is a socket and its ring;
+the kernel spreads flows over them, and whoever sends does so by its own socket.
+
 The kernel's own network stack goes on using the interface, and what it sends is not for
 us. So this machine cannot be reached from a guest by addresses that the interface has;
 `warnings` tells how to move them.
@@ -16,23 +19,24 @@ import contextlib
 import logging
 import socket
 from collections.abc import Sequence
-from typing import Final, cast
+from typing import Final
 
 import numpy as np
+from numpy.typing import NDArray
 
 from ports import links, packet_socket
 from ports.aio import unbroken
 from ports.base import (
     KIND_ETH,
     KIND_NONE,
+    MAX_PAIRS,
     NO_FD,
     RING_STARTING,
     RING_STOPPED,
     RINGS_PER_PORT,
     RX,
-    TX,
 )
-from ports.errors import PortError
+from ports.errors import PortError, errno_name
 from ports.host import Host, Mapping, State
 from ports.links import Link, LinkMonitor
 from ports.packet_ring import RING_LEN, SLOTS, VNET_HDR_LEN
@@ -69,8 +73,8 @@ class EthPort:
         self.warnings: Sequence[str] = ()
         self._host = host
         self._slot = slot
-        self._socket: socket.socket | None = None
-        self._mapping: Mapping | None = None
+        self._sockets: list[socket.socket] = []
+        self._mappings: list[Mapping] = []  # of their rings
         self._index = 0  # of the interface that we are attached to
         self._link = "down"
         self._trouble = ""
@@ -87,9 +91,7 @@ class EthPort:
         """
         await self._attach()
         await self._monitor.start()
-        self.warnings = await self._find_addresses()
-        for warning in self.warnings:
-            _log.warning("port %s: %s", self.name, warning)
+        await self._look_for_addresses()
         self._keeper = asyncio.create_task(self._keep())
 
     async def close(self) -> None:
@@ -104,13 +106,13 @@ class EthPort:
     def state(self) -> State:
         """The port's state and its reason."""
         interface = f"interface {self.interface}"
-        if self._trouble:
-            return State("down", self._trouble)
         if self._link == "gone":
             return State("down", f"{interface} is gone (it may return)")
         if self._link == "moved":
             where = "in another network namespace"
             return State("down", f"{interface} is {where} (it may return)")
+        if self._trouble:
+            return State("down", self._trouble)
         if self._link == "down":
             remedy = f"ip link set {self.interface} up"
             return State("down", f"{interface} is down ({remedy})")
@@ -124,71 +126,92 @@ class EthPort:
         return feature_names(self._receiver | self._sender)
 
     def queues(self) -> dict[str, int]:
-        """One ring in, one way out."""
-        return {"enabled": 1, "max": 1}
+        """A pair for each worker; one as long as the interface has not been up."""
+        return {"enabled": len(self._sockets), "max": self._most_pairs()}
 
     # --- the interface ---
 
     async def _attach(self) -> None:
         link = await links.look_up(self.interface)
         check(self.interface, link)
-        sock, segments_udp = packet_socket.open_socket(self.interface, link.ifindex)
-        self._socket, self._index = sock, link.ifindex
-        self._mapping = await self._host.map(sock.fileno(), RING_LEN, 0, _PAGE)
+        self._sockets, segments_udp = packet_socket.open_sockets(
+            self.interface, link.ifindex, self._most_pairs()
+        )
+        self._index = link.ifindex
+        await self._map_rings()
         self._receiver, self._sender = RECEIVER, SENDER
         if not segments_udp:
             self._receiver &= ~RECEIVER_USO
             self._sender &= ~SENDER_USO
         record = self._host.ports[self._slot]
-        record["kind"], record["pairs"] = KIND_ETH, 1
+        record["kind"], record["pairs"] = KIND_ETH, len(self._sockets)
         record["max_frame"] = link.mtu + _ETHERNET
         record["offloads"] = self._receiver
-        for index in (TX, RX):
-            ring = self._ring(index)
-            ring["owner"] = self._host.owner_for(self._slot, 0)
-            ring["port"], ring["enabled"] = self._slot, 1
-            ring["header_len"], ring["features"] = VNET_HDR_LEN, self._sender
-            ring["shared"], ring["lock"] = 0, 0
-            ring["kick_fd"] = self._mapping.number
-            ring["call_fd"] = ring["err_fd"] = NO_FD
-        ring = self._ring(RX)
-        ring["desc"], ring["size"], ring["next_avail"] = self._mapping.addr, SLOTS, 0
-        for index in (TX, RX):
-            self._ring(index)["state"] = RING_STARTING
+        for pair, owner in enumerate(self._host.active[: len(self._sockets)]):
+            self._start(pair, owner)
         await self._host.sync()
         record["up"] = 1
+
+    async def _map_rings(self) -> None:
+        """Give every worker the sockets and their rings.
+
+        Raises:
+            PortError: A worker could not map one.
+        """
+        try:
+            for sock in self._sockets:
+                mapping = await self._host.map(sock.fileno(), RING_LEN, 0, _PAGE)
+                self._mappings.append(mapping)
+        except OSError as error:
+            text = f"cannot map the ring of {self.interface}: {errno_name(error)}"
+            raise PortError(f"{text} (look at how much memory is free)") from error
+
+    def _start(self, pair: int, owner: int) -> None:
+        """Have a worker serve a pair from the next sync on."""
+        mapping = self._mappings[pair]
+        rings = self._rings()[2 * pair : 2 * pair + 2]
+        rings["owner"], rings["port"], rings["enabled"] = owner, self._slot, 1
+        rings["header_len"], rings["features"] = VNET_HDR_LEN, self._sender
+        rings["shared"], rings["lock"], rings["next_avail"] = 0, 0, 0
+        rings["kick_fd"] = mapping.number
+        rings["call_fd"] = rings["err_fd"] = NO_FD
+        rings["desc"][RX], rings["size"][RX] = mapping.addr, SLOTS
+        rings["state"] = RING_STARTING
 
     async def _detach(self) -> None:
         record = self._host.ports[self._slot]
         record["up"] = 0
-        for index in (TX, RX):
-            self._ring(index)["state"] = RING_STOPPED
+        self._rings()["state"] = RING_STOPPED
         await self._host.sync()
-        record["kind"] = KIND_NONE
-        for index in (TX, RX):
-            self._ring(index)["kick_fd"] = NO_FD
-        if self._mapping:
-            await self._host.unmap([self._mapping])
-            self._mapping = None
-        if self._socket:
-            self._socket.close()
-            self._socket = None
+        record["kind"], record["pairs"] = KIND_NONE, 0
+        self._rings()["kick_fd"] = NO_FD
+        mappings, self._mappings = self._mappings, []
+        if mappings:
+            await self._host.unmap(mappings)
+        self._count_missed()
+        sockets, self._sockets = self._sockets, []
+        for sock in sockets:
+            sock.close()
         self._index = 0
 
-    async def _find_addresses(self) -> list[str]:
-        """What to say of the interface's addresses, if it has any."""
-        try:
-            found = await links.addresses(self._index)
-        except OSError:  # it is gone, or nobody may ask
-            return []
-        return [move_addresses(self.interface, found)] if found else []
+    async def _look_for_addresses(self) -> None:
+        """Warn of the interface's addresses, if it has any."""
+        self.warnings = ()
+        with contextlib.suppress(OSError):  # it is gone, or nobody may ask
+            if found := await links.addresses(self._index):
+                self.warnings = (move_addresses(self.interface, found),)
+        for warning in self.warnings:
+            _log.warning("port %s: %s", self.name, warning)
 
     # --- the keeper ---
 
     def _on_link(self, state: str) -> None:
-        self._link = state
-        if state in {"gone", "moved"}:
+        # Flows can be spread from the first time on that the interface is up.
+        alone = len(self._sockets) < self._most_pairs()
+        comes_up = state == "up" and self._link != "up"
+        if state in {"gone", "moved"} or (comes_up and alone):
             self._index = 0  # an interface that comes back may have the same
+        self._link = state
         self._changed.set()
 
     async def _keep(self) -> None:
@@ -202,9 +225,7 @@ class EthPort:
 
     async def _follow(self) -> None:
         record = self._host.ports[self._slot]
-        if self._socket:
-            packet_socket.forget_error(self._socket)
-            record["missed"] += packet_socket.count_missed(self._socket)
+        self._count_missed()
         link = self._monitor.link
         if link is None:
             return
@@ -221,10 +242,22 @@ class EthPort:
                 _log.warning("port %s: %s", self.name, self._trouble)
         else:
             self._trouble = ""
+            await self._look_for_addresses()
             _log.info("port %s: attached to %s again", self.name, self.interface)
 
-    def _ring(self, index: int) -> np.void:
-        return cast("np.void", self._host.rings[self._slot * RINGS_PER_PORT + index])
+    def _count_missed(self) -> None:
+        """Note what found the rings full; and forget a link that went down once."""
+        record = self._host.ports[self._slot]
+        for sock in self._sockets:
+            packet_socket.forget_error(sock)
+            record["missed"] += packet_socket.count_missed(sock)
+
+    def _most_pairs(self) -> int:
+        return min(len(self._host.active), MAX_PAIRS)
+
+    def _rings(self) -> NDArray[np.void]:
+        first = self._slot * RINGS_PER_PORT
+        return self._host.rings[first : first + RINGS_PER_PORT]
 
 
 def check(interface: str, link: Link) -> None:
@@ -237,7 +270,7 @@ def check(interface: str, link: Link) -> None:
     if link.hardware != _ARPHRD_ETHER:
         found = _HARDWARE.get(link.hardware, f"its hardware type is {link.hardware}")
         raise PortError(f"{cannot}: it is not Ethernet: {found} (choose another)")
-    if packet_socket.is_wireless(interface):
+    if packet_socket.is_wireless(interface, link.ifindex):
         found = "it is a wireless station, which sends from no address but its own"
         raise PortError(f"{cannot}: {found} (choose another, or route)")
     if link.master:

@@ -47,6 +47,10 @@ class Host(Protocol):
         """REGION records, two tables of TABLE_ROWS for each slot."""
 
     @property
+    def active(self) -> Sequence[int]:
+        """The workers that forward; in place of one that is replaced, another."""
+
+    @property
     def several(self) -> bool:
         """Whether several workers may transmit into one ring."""
 

@@ -158,7 +158,8 @@ async def look_up(name: str) -> Link:
         async with _netlink() as netlink:
             link = await _look(netlink, index)
     if link is None:
-        raise PortError(f"there is no interface {name} (choose one of: ip link show)")
+        cannot = f"cannot use interface {name}"
+        raise PortError(f"{cannot}: there is none (choose one of: ip link show)")
     return link
 
 

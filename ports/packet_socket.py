@@ -10,6 +10,7 @@ import fcntl
 import os
 import socket
 import struct
+from pathlib import Path
 from typing import Final
 
 from ports.errors import PortError
@@ -29,9 +30,13 @@ _RX_RING: Final = 5
 _STATISTICS: Final = 6
 _VERSION: Final = 10
 _VNET_HDR: Final = 15
+_FANOUT: Final = 18
 _IGNORE_OUTGOING: Final = 23  # since Linux 4.20
 _VNET_HDR_SZ: Final = 24  # since Linux 6.5
 _MR_PROMISC: Final = 1
+_FANOUT_HASH: Final = 0
+_FANOUT_UNIQUE_ID: Final = 0x2000
+_FANOUT_IGNORE_OUTGOING: Final = 0x4000  # since Linux 5.11
 _ETH_P_ALL: Final = 3
 _SO_SNDBUFFORCE: Final = 32
 _SO_ATTACH_FILTER: Final = 26
@@ -50,40 +55,70 @@ _CAUSES: Final = {
     errno.EPERM: "we have no CAP_NET_RAW (run as root, or grant the capability)",
     errno.ENOMEM: f"no memory for a ring of {RING_LEN >> 20} MiB (free some)",
     errno.ENODEV: "it is gone (ip link show)",
+    errno.EAFNOSUPPORT: "the kernel has no packet sockets (modprobe af_packet)",
 }
 
 
-def open_socket(interface: str, index: int) -> tuple[socket.socket, bool]:
-    """Open a packet socket on an interface, promiscuous, with a ring that fills.
+def open_sockets(
+    interface: str, index: int, count: int
+) -> tuple[list[socket.socket], bool]:
+    """Open packet sockets on an interface, promiscuous, with rings that fill.
+
+    Flows are spread over them. Where that cannot be, because the interface is down, there
+    is one.
 
     Returns:
-        The socket, and whether the kernel has UDP segments come and go by it.
+        The sockets, and whether the kernel has UDP segments come and go by them.
 
     Raises:
         PortError: We lack the right, the kernel the memory, or the interface is gone.
     """
-    sock = None
+    sockets: list[socket.socket] = []
     try:
-        sock = socket.socket(socket.AF_PACKET, socket.SOCK_RAW, 0)
-        sock.setblocking(False)
-        sock.setsockopt(_SOL_PACKET, _VERSION, TPACKET_V2)
-        segments_udp = take_headers(sock)
-        _set_send_buffer(sock)
-        ring = struct.pack("4I", BLOCK, BLOCKS, SLOT, SLOTS)
-        sock.setsockopt(_SOL_PACKET, _RX_RING, ring)
-        ignore_outgoing(sock)
+        segments_udp = _open_into(sockets, interface)
         membership = struct.pack("iHH8x", index, _MR_PROMISC, 0)
-        sock.setsockopt(_SOL_PACKET, _ADD_MEMBERSHIP, membership)
-        sock.bind((interface, _ETH_P_ALL))
+        sockets[0].setsockopt(_SOL_PACKET, _ADD_MEMBERSHIP, membership)
+        group = _begin_fanout(sockets[0]) if count > 1 else 0
+        for _ in range(count - 1 if group else 0):
+            _open_into(sockets, interface)
+            sockets[-1].setsockopt(_SOL_PACKET, _FANOUT, group)
     except OSError as error:
-        if sock:
+        for sock in sockets:
             sock.close()
         number = error.errno or 0
         cause = _CAUSES.get(number, os.strerror(number))
         name = errno.errorcode.get(number)
         message = f"cannot attach to interface {interface}: {name}: {cause}"
         raise PortError(message) from error
-    return sock, segments_udp
+    return sockets, segments_udp
+
+
+def _open_into(sockets: list[socket.socket], interface: str) -> bool:
+    """Open another socket; whether it may speak of UDP segments."""
+    sock = socket.socket(socket.AF_PACKET, socket.SOCK_RAW, 0)
+    sockets.append(sock)
+    sock.setblocking(False)
+    sock.setsockopt(_SOL_PACKET, _VERSION, TPACKET_V2)
+    segments_udp = take_headers(sock)
+    _set_send_buffer(sock)
+    ring = struct.pack("4I", BLOCK, BLOCKS, SLOT, SLOTS)
+    sock.setsockopt(_SOL_PACKET, _RX_RING, ring)
+    ignore_outgoing(sock)
+    sock.bind((interface, _ETH_P_ALL))
+    return segments_udp
+
+
+def _begin_fanout(sock: socket.socket) -> int:
+    """Make a group for sockets that share flows; what joins it, 0: cannot while down."""
+    flags = _FANOUT_HASH | _FANOUT_UNIQUE_ID | _FANOUT_IGNORE_OUTGOING
+    try:
+        sock.setsockopt(_SOL_PACKET, _FANOUT, flags << 16)
+    except OSError as error:
+        if error.errno != errno.EINVAL:
+            raise
+        return 0
+    number = sock.getsockopt(_SOL_PACKET, _FANOUT) & 0xFFFF
+    return number | (flags & ~_FANOUT_UNIQUE_ID) << 16
 
 
 def take_headers(sock: socket.socket, option: int = _VNET_HDR_SZ) -> bool:
@@ -99,14 +134,16 @@ def take_headers(sock: socket.socket, option: int = _VNET_HDR_SZ) -> bool:
 
 
 def ignore_outgoing(sock: socket.socket, option: int = _IGNORE_OUTGOING) -> None:
-    """See only what comes in: what goes out is ours, or this machine's own."""
-    try:
+    """See only what comes in: what goes out is ours, or this machine's own.
+
+    The filter does that in every kernel; the option saves the kernel the copies.
+    """
+    code = b"".join(struct.pack("HBBI", *line) for line in _FILTER)
+    memory = ctypes.create_string_buffer(code)
+    program = struct.pack("HP", len(_FILTER), ctypes.addressof(memory))
+    sock.setsockopt(socket.SOL_SOCKET, _SO_ATTACH_FILTER, program)
+    with contextlib.suppress(OSError):
         sock.setsockopt(_SOL_PACKET, option, 1)
-    except OSError:
-        code = b"".join(struct.pack("HBBI", *line) for line in _FILTER)
-        memory = ctypes.create_string_buffer(code)
-        program = struct.pack("HP", len(_FILTER), ctypes.addressof(memory))
-        sock.setsockopt(socket.SOL_SOCKET, _SO_ATTACH_FILTER, program)
 
 
 def count_missed(sock: socket.socket) -> int:
@@ -120,8 +157,16 @@ def forget_error(sock: socket.socket) -> None:
     sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
 
 
-def is_wireless(interface: str) -> bool:
-    """Whether it is a wireless station, which may send only from its own address."""
+def is_wireless(interface: str, index: int, sys: Path = Path("/sys/class/net")) -> bool:
+    """Whether it is a wireless station, which may send only from its own address.
+
+    Older drivers tell themselves; of newer ones /sys does, which may be another network
+    namespace's.
+    """
+    with contextlib.suppress(OSError):
+        same = int((sys / interface / "ifindex").read_text()) == index
+        if same and (sys / interface / "phy80211").exists():
+            return True
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
         try:
             fcntl.ioctl(sock, _SIOCGIWNAME, struct.pack("32s", interface.encode()))

@@ -297,7 +297,7 @@ class Workers:
 
         Pairs of one port go to different workers where there are several.
         """
-        active = [n for n in self._ready_numbers() if self._role(n) == ROLE_ACTIVE]
+        active = self._active()
         if not active:
             return 0
         polled = self._shared.rings[RX::2]
@@ -306,6 +306,12 @@ class Workers:
         turn = (slot + pair) % len(active)
         order = active[turn:] + active[:turn]
         return min(order, key=lambda number: load[number])
+
+    @property
+    def active(self) -> list[int]:
+        """The workers that forward, as many as there are to be."""
+        active = self._active() or [0]
+        return [active[n % len(active)] for n in range(self._options.active)]
 
     @property
     def several(self) -> bool:
@@ -488,6 +494,9 @@ class Workers:
 
     def _ready_numbers(self) -> list[int]:
         return sorted(n for n, process in self._processes.items() if process.ready)
+
+    def _active(self) -> list[int]:
+        return [n for n in self._ready_numbers() if self._role(n) == ROLE_ACTIVE]
 
     def _role(self, number: int) -> int:
         return int(self._shared.workers[number]["role"])
