@@ -105,21 +105,21 @@ class EthPort:
 
     def state(self) -> State:
         """The port's state and its reason."""
-        interface = f"interface {self.interface}"
-        if self._link == "gone":
-            return State("down", f"{interface} is gone (it may return)")
-        if self._link == "moved":
-            where = "in another network namespace"
-            return State("down", f"{interface} is {where} (it may return)")
         if self._trouble:
             return State("down", self._trouble)
-        if self._link == "down":
-            remedy = f"ip link set {self.interface} up"
-            return State("down", f"{interface} is down ({remedy})")
-        if self._monitor.link and not self._monitor.link.has_carrier:
-            remedy = "look at its cable, or set its peer up"
-            return State("down", f"{interface} has no carrier ({remedy})")
-        return State("up", f"{interface} is up")
+        name, link = self.interface, self._monitor.link
+        carried = link is not None and link.has_carrier
+        found = (
+            (self._link == "gone", "gone (it may return)"),
+            (self._link == "moved", "in another network namespace (it may return)"),
+            (not self._host.ports[self._slot]["up"], "there and being attached to"),
+            (self._link == "down", f"down (ip link set {name} up)"),
+            (not carried, "without a carrier (look at its cable, or set its peer up)"),
+        )
+        for holds, what in found:
+            if holds:
+                return State("down", f"interface {name} is {what}")
+        return State("up", f"interface {name} is up")
 
     def features(self) -> list[str]:
         """What the kernel does and lets us do."""
@@ -209,8 +209,11 @@ class EthPort:
         # Flows can be spread from the first time on that the interface is up.
         alone = len(self._sockets) < self._most_pairs()
         comes_up = state == "up" and self._link != "up"
-        if state in {"gone", "moved"} or (comes_up and alone):
+        if state in {"gone", "moved"}:
             self._index = 0  # an interface that comes back may have the same
+            self._trouble = ""
+        elif comes_up and alone:
+            self._index = 0
         self._link = state
         self._changed.set()
 

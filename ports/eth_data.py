@@ -96,10 +96,14 @@ def receive(ring: Record, ctx: Record) -> int:
         length = load_u32(slot + SNAPLEN)
         if length < MIN_FRAME:
             frame["length"] = TOO_SHORT
-        elif length < (word >> 32) & _U32 or length > MAX_FRAME:
+            continue
+        if length < (word >> 32) & _U32 or length > MAX_FRAME:
             frame["length"] = TOO_LONG
-        elif word & TP_STATUS_VLAN_VALID == 0:
-            eth = slot + load_u16(slot + MAC)
+            continue
+        eth = slot + load_u16(slot + MAC)
+        if offload.asks(eth - VNET_HDR_LEN):
+            offload.begin(eth - VNET_HDR_LEN, eth, length)
+        if word & TP_STATUS_VLAN_VALID == 0:
             frame["addr"] = eth
             frame["eth"] = eth
             frame["length"] = length

@@ -16,7 +16,8 @@ from ports.errors import PortError, errno_name
 
 _RTMGRP_LINK: Final = 1
 _IFF_UP: Final = 1
-_IFF_LOWER_UP: Final = 1 << 16
+# Frames pass from then on. It follows the carrier, which the kernel has to act on first.
+_IFF_RUNNING: Final = 1 << 6
 _RT_SCOPE_LINK: Final = 253
 _LONGEST_NAME: Final = 15
 _AGAIN_S: Final = 0.1
@@ -226,7 +227,7 @@ def _link(message: Any) -> Link:  # noqa: ANN401 (pyroute2 has no types)
     return Link(
         ifindex=int(message["index"]),
         is_up=bool(flags & _IFF_UP),
-        has_carrier=bool(flags & _IFF_LOWER_UP),
+        has_carrier=bool(flags & _IFF_RUNNING),
         mtu=int(message.get("mtu") or 0),
         hardware=int(message["ifi_type"]),
         master=int(message.get("master") or 0),

@@ -62,6 +62,7 @@ from ports.views import frame_at, segment_at
 # csum_start << 48, and csum_offset.
 HEADER_LEN: Final = NET_HDR_LEN  # as every modern driver and the kernel's taps have it
 _U16: Final = 0xFFFF
+_BEFORE_CSUM_START: Final = (1 << 48) - 1
 _ASKS: Final = NET_HDR_F_NEEDS_CSUM | 0xFF00
 # What a frame may ask for: a full one in segments of 32 bytes, less than any TCP sends. A
 # short datagram in smaller ones is all right.
@@ -166,6 +167,42 @@ def _least_headers(gso_type: int, csum_start: int, csum_offset: int) -> int:
     if gso_type == NET_HDR_GSO_UDP_L4:
         return csum_start + _UDP_HEADER if csum_offset == _UDP_CSUM else 0
     return csum_start + _TCP_HEADER if csum_offset == _TCP_CSUM else 0
+
+
+@jit
+def begin(header: int, frame: int, length: int) -> None:
+    """Have a super-frame's checksum only begun, and its header say so, as with others.
+
+    For frames of the kernel, in our own memory. Drivers that put together what comes
+    (LRO) leave a checksum as it was, which nobody looks at, and set no NEEDS_CSUM. Left
+    as it is where it is not what the header says. Can be done again.
+    """
+    word = load_any_u64(header)
+    kind = (word >> 8) & 0x7F
+    if word & NET_HDR_F_NEEDS_CSUM or kind == NET_HDR_GSO_NONE:
+        return
+    l3 = _find_ip(frame, kind)
+    if l3 == 0:
+        return
+    if _is_v4(frame, l3):
+        l4 = l3 + 4 * (load_u8(frame + l3) & 0xF)
+        pseudo = _sum(frame + l3 + 12, 8)
+    else:
+        l4 = l3 + _IPV6_HEADER
+        pseudo = _sum(frame + l3 + 8, 32)
+    protocol = _TCP
+    csum_offset = _TCP_CSUM
+    if kind == NET_HDR_GSO_UDP_L4:
+        protocol = _UDP
+        csum_offset = _UDP_CSUM
+    if l4 >= length or not _leads_to(protocol, frame, l3, l4):
+        return
+    pseudo += _swap16(length - l4) + (protocol << 8)
+    store_any_u16(frame + l4 + csum_offset, _fold(pseudo))
+    store_any_u16(header + 8, csum_offset)
+    # Last: where the flag is set, the rest is done.
+    word &= _BEFORE_CSUM_START
+    store_any_u64(header, word | NET_HDR_F_NEEDS_CSUM | l4 << 48)
 
 
 @jit

@@ -64,8 +64,7 @@ def open_sockets(
 ) -> tuple[list[socket.socket], bool]:
     """Open packet sockets on an interface, promiscuous, with rings that fill.
 
-    Flows are spread over them. Where that cannot be, because the interface is down, there
-    is one.
+    Flows are spread over them; where the kernel refuses to, there is one.
 
     Returns:
         The sockets, and whether the kernel has UDP segments come and go by them.
@@ -78,7 +77,7 @@ def open_sockets(
         segments_udp = _open_into(sockets, interface)
         membership = struct.pack("iHH8x", index, _MR_PROMISC, 0)
         sockets[0].setsockopt(_SOL_PACKET, _ADD_MEMBERSHIP, membership)
-        group = _begin_fanout(sockets[0]) if count > 1 else 0
+        group = begin_fanout(sockets[0]) if count > 1 else 0
         for _ in range(count - 1 if group else 0):
             _open_into(sockets, interface)
             sockets[-1].setsockopt(_SOL_PACKET, _FANOUT, group)
@@ -108,14 +107,15 @@ def _open_into(sockets: list[socket.socket], interface: str) -> bool:
     return segments_udp
 
 
-def _begin_fanout(sock: socket.socket) -> int:
-    """Make a group for sockets that share flows; what joins it, 0: cannot while down."""
+def begin_fanout(sock: socket.socket) -> int:
+    """Make a group for sockets that share flows; what joins it, or 0: the kernel refuses.
+
+    As one before 6.13 does while the interface is down.
+    """
     flags = _FANOUT_HASH | _FANOUT_UNIQUE_ID | _FANOUT_IGNORE_OUTGOING
     try:
         sock.setsockopt(_SOL_PACKET, _FANOUT, flags << 16)
-    except OSError as error:
-        if error.errno != errno.EINVAL:
-            raise
+    except OSError:
         return 0
     number = sock.getsockopt(_SOL_PACKET, _FANOUT) & 0xFFFF
     return number | (flags & ~_FANOUT_UNIQUE_ID) << 16

@@ -69,9 +69,17 @@ def test_stats_name_drops_only_where_there_are_any():
     assert "12,345" in text
     assert text.count("tx_drop_ring_full") == 1
     assert "rx_drop_bad_chain" not in text
+    assert "rx_missed" not in text
     clean = COUNTS | {"tx_drop_ring_full": 0}
     text = tables.stats({"ports": {"vm1": clean}, "workers": {"0": WORK}})
     assert "DROP " not in text
+
+
+def test_stats_name_what_the_kernel_had_no_room_for():
+    missed = COUNTS | {"tx_drop_ring_full": 0, "rx_missed": 4321}
+    text = tables.stats({"ports": {"eth1": missed}, "workers": {"0": WORK}})
+    lines = [line.split() for line in text.splitlines()]
+    assert ["eth1", "rx_missed", "4,321"] in lines
 
 
 def test_rates_are_the_difference_by_the_time():

@@ -6,7 +6,7 @@ from itertools import pairwise
 
 import numpy as np
 import pytest
-from scapy.layers.inet import IP, TCP
+from scapy.layers.inet import IP, TCP, UDP
 from scapy.layers.l2 import Dot1Q, Ether
 
 from ports import dispatch, eth_data
@@ -23,6 +23,7 @@ from tests.datapath.test_offload import (
     PAYLOAD,
     received,
     receiver,
+    super_datagram,
     super_frame,
 )
 from vswitch.datapath import loop
@@ -31,6 +32,7 @@ ETH = 5
 HEADER = bytes(10)  # of a packet socket; a guest's is longer
 GUEST_HEADER = bytes(12)
 TAG = (0x8100, 0xA123)
+DATA_VALID = 2
 
 
 @pytest.fixture
@@ -143,11 +145,54 @@ def test_the_kernels_super_frames_come_in(bench, eth):
     assert bytes(Ether(frame)[TCP].payload) == PAYLOAD[:3500]
 
 
+@pytest.mark.parametrize("tag", [None, TAG])
+@pytest.mark.parametrize("make", [super_frame, super_datagram])
+@pytest.mark.parametrize("stack", ["v4", "v4 options", "v6", "v6 vlan"])
+def test_a_super_frame_whose_checksum_is_whole_is_one_as_any(
+    bench, eth, stack, make, tag
+):
+    """As drivers make them of what comes, if they do."""
+    b = receiver(bench, B, CAPABLE)
+    data, head = make(stack, payload=PAYLOAD[:3500])
+    built = Ether(data)
+    layer = TCP if make is super_frame else UDP
+    del built[layer].chksum
+    whole = bytes(built)
+    kind, gso_size = head[1], head[4:6]
+    eth.fill(whole, bytes([DATA_VALID, kind, 0, 0]) + gso_size + bytes(4), tag)
+    bench.turn()
+    ((came_head, came),) = received(b)
+    put_in = struct.pack(">HH", *tag) if tag else b""
+    assert came == data[:12] + put_in + data[12:]
+    flags, hdr_len, start = struct.unpack_from("<BxH2xH", came_head)
+    assert flags == 1
+    assert start == struct.unpack_from("<6xH", head)[0] + len(put_in)
+    assert hdr_len > start
+    assert came_head[8:10] == head[8:10]
+
+
+@pytest.mark.parametrize("harm", ["header length", "no ip", "protocol", "cut"])
+def test_a_header_that_fits_no_whole_checksum_is_refused(bench, pair, eth, harm):
+    data, head = super_frame("v4", payload=PAYLOAD[:3500])
+    changed = bytearray(data)
+    if harm == "header length":
+        changed[14] = 0x44
+    elif harm == "no ip":
+        changed[12:14] = b"\x88\xb5"
+    elif harm == "protocol":
+        changed[23] = 17
+    else:
+        del changed[34:]
+    eth.fill(bytes(changed), bytes([DATA_VALID, *head[1:6], 0, 0, 0, 0]))
+    assert bench.turn() == 1
+    assert bench.drops(ETH) == {"rx_drop_bad_header": 1}
+
+
 @pytest.mark.parametrize("field", [0, 1, 2, 6, 8])
 def test_a_header_that_lies_is_refused(bench, pair, eth, field):
     data, head = super_frame("v4", payload=PAYLOAD[:3000])
     lie = bytearray(head)
-    lie[field : field + 2] = {0: b"\0\x01"}.get(field, b"\xff\xff")
+    lie[field : field + 2] = {0: b"\x01\x03"}.get(field, b"\xff\xff")
     eth.fill(data, bytes(lie))
     eth.fill(data, bytes(lie), tag=TAG)
     assert bench.turn() == 2
@@ -252,6 +297,26 @@ def test_frames_go_out_in_order(bench, wire, eth):
     assert got == [HEADER + frame for frame in frames]
     sent = {"tx_frames": 4, "tx_bytes": sum(map(len, frames))}
     assert bench.tally(ETH) == sent
+
+
+@pytest.mark.parametrize("worker", [0, 1, 2, 3])
+def test_each_worker_sends_by_its_own_pair(bench, wire, eth, worker):
+    """A spare that forwards has the pair of one that died, or of another."""
+    other = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    bench.plane.shared.ports[ETH]["pairs"] = 2
+    bench.plane.shared.rings[ETH * RINGS_PER_PORT + 2]["kick_fd"] = other[0].fileno()
+    a = bench.guest(A)
+    for side in (a.rx, a.tx):
+        side.record["owner"] = worker
+    frame = frame_to(9, A)
+    a.send(frame)
+    bench.turn(worker=worker)
+    receiver = other[1] if worker % 2 else wire[1]
+    receiver.setblocking(False)
+    assert receiver.recv(4096) == HEADER + frame
+    assert bench.tally(ETH, worker)["tx_frames"] == 1
+    for end in other:
+        end.close()
 
 
 def test_frames_in_many_pieces_go_out_in_one(bench, wire, eth):

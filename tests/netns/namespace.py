@@ -55,7 +55,7 @@ class Namespace:
 
     def link(self, name):
         """What the kernel says of an interface inside, or None."""
-        links = json.loads(self.ip("-json -statistics link show"))
+        links = json.loads(self.ip("-json -statistics -details link show"))
         return next((link for link in links if link["ifname"] == name), None)
 
     @contextmanager

@@ -17,6 +17,10 @@ TUN = 0x0001 | 0x1000
 VNET_HDR = 0x4000
 _TUNSETIFF = 0x400454CA
 _TUNSETOFFLOAD = 0x400454D0
+_SOL_PACKET = 263
+_AUXDATA, _VNET_HDR, _IGNORE_OUTGOING = 8, 15, 23
+_ETH_P_ALL = 3
+_VLAN_VALID = 1 << 4
 _SO_RCVBUFFORCE = 33
 _PATTERN = bytes(7 * at % 256 for at in range(256)) * 40
 
@@ -40,9 +44,21 @@ class Bench:
 
     def tap(self, name):
         """A port on a tap, up."""
+        self.uplink("tap", name)
+
+    def uplink(self, kind, name):
+        """A port on an interface, up; what adding it answered."""
         self._ports.append(name)
-        self.switch.add_port(name, f"tap:{name}")
+        answer = self.switch.add_port(name, f"{kind}:{name}")
         self.switch.wait_for_state(name, "up")
+        return answer
+
+    def cable(self, name, far):
+        """A pair of interfaces of that name, up: one here, one in another namespace."""
+        end = f"name {name} netns {far.pid}"
+        self.interface(name, f"link add {name} type veth peer {end}")
+        for namespace in (self.namespace, far):
+            namespace.ip(f"link set {name} up")
 
     def unplug(self, name):
         """Remove a port, if the switch and the port are there."""
@@ -74,6 +90,11 @@ class Bench:
         with (namespace or self.namespace).inside():
             return self._owned.enter_context(Wire(interface))
 
+    def trunk(self, interface, namespace):
+        """The same with tags and headers."""
+        with namespace.inside():
+            return self._owned.enter_context(Trunk(interface))
+
     def socket(self, *kind, namespace=None):
         """A socket of the namespace's own network stack."""
         with (namespace or self.namespace).inside():
@@ -93,10 +114,10 @@ class Bench:
 class Wire:
     """Plain frames in and out of an interface, beside the kernel's network stack."""
 
-    def __init__(self, interface):
+    def __init__(self, interface, protocol=ETHERTYPE):
         self._socket = socket.socket(socket.AF_PACKET, socket.SOCK_RAW, 0)
         self._socket.setsockopt(socket.SOL_SOCKET, _SO_RCVBUFFORCE, 64 << 20)
-        self._socket.bind((interface, ETHERTYPE))
+        self._socket.bind((interface, protocol))
         self._socket.settimeout(10)
 
     def send(self, frame):
@@ -118,6 +139,13 @@ class Wire:
         """The next `count` frames."""
         return [self._socket.recv(1 << 17) for _ in range(count)]
 
+    def receive_until(self, number):
+        """Those of `numbered` up to one, by their numbers; it is sure to come."""
+        numbers = []
+        while number not in numbers[-1:]:
+            numbers.append(number_of(self._socket.recv(1 << 17)))
+        return numbers
+
     def close(self):
         self._socket.close()
 
@@ -126,6 +154,26 @@ class Wire:
 
     def __exit__(self, *_):
         self.close()
+
+
+class Trunk(Wire):
+    """Whatever comes, with virtio-net headers, and with the tags that the kernel took."""
+
+    def __init__(self, interface):
+        super().__init__(interface, _ETH_P_ALL)
+        for option in (_AUXDATA, _VNET_HDR, _IGNORE_OUTGOING):
+            self._socket.setsockopt(_SOL_PACKET, option, 1)
+
+    def send(self, frame, header=bytes(10)):
+        self._socket.send(header + frame)
+
+    def receive(self):
+        """The next header, frame, and (tpid, tci) of the tag taken out, or None."""
+        data, ancillary, _, _ = self._socket.recvmsg(1 << 17, 256)
+        ((_, _, about),) = ancillary
+        status, tci, tpid = struct.unpack_from("=I12xHH", about)
+        tag = (tpid, tci) if status & _VLAN_VALID else None
+        return data[:10], data[10:], tag
 
 
 def hold(namespace, name, flags, offloads=None):
@@ -149,3 +197,8 @@ def numbered(dst, src, count):
     """Frames that differ in their number."""
     head = dst + src + ETHERTYPE.to_bytes(2, "big")
     return [head + number.to_bytes(4, "big") + bytes(42) for number in range(count)]
+
+
+def number_of(frame):
+    """Which of `numbered` it is."""
+    return int.from_bytes(frame[14:18], "big")

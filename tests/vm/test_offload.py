@@ -1,7 +1,8 @@
 """Linux's own segmentation and checksums, with every mix of who can and who cannot.
 
 Four guests that stay: two are offered all offloads and two none, of each two one with
-packed rings; and the host behind a tap, whose kernel cuts UDP as well.
+packed rings; and two hosts, whose kernels cut UDP as well: ours behind a tap, and one
+behind an interface of ours.
 """
 
 import base64
@@ -14,22 +15,23 @@ from types import SimpleNamespace
 import pytest
 
 from tests.netns.namespace import Namespace
+from tests.netstat import ERRORS, errors_in
 from tests.vm import transfer
 from tests.vm.lab import Lab
 
 pytestmark = [pytest.mark.vm, pytest.mark.timeout(600)]
 
-SUPER_FRAME = 3_000  # bytes a frame on average; an ordinary one has 1518 at most
+ORDINARY = 1518  # bytes of a frame at most
+SUPER_FRAME = 3_000  # bytes a frame on average
 ABLE, UNABLE = ("vm1", "vm2"), ("vm3", "vm4")
-HOST = "uplink0"
-NUMBERS = {"vm1": 1, "vm2": 2, "vm3": 3, "vm4": 4, HOST: 254}
+HOSTS = {"tap": "uplink0", "eth": "wire0"}
+NUMBERS = {"vm1": 1, "vm2": 2, "vm3": 3, "vm4": 4, "uplink0": 254, "wire0": 253}
 VLAN = 7
 # The last two are in a VLAN, and for guests only: not every host's kernel has VLANs.
 WAYS = ("10.77.0.{}", "fd77::{}", "10.78.0.{}", "fd78::{}")
 
 SOURCE = Path(transfer.__file__)
 TRANSFER = "python3 -I -S /tmp/transfer.py"
-ERRORS = "cat /proc/net/snmp /proc/net/snmp6 /sys/class/net/*/statistics/rx_*errors"
 
 
 def prepare_guest(guest):
@@ -49,9 +51,22 @@ def prepare_guest(guest):
     guest.check(f"{TRANSFER} serve > /tmp/served 2>&1 &")
 
 
-def prepare_host(namespace):
-    namespace.ip(f"address add 10.77.0.{NUMBERS[HOST]}/24 dev {HOST}")
-    namespace.ip(f"address add fd77::{NUMBERS[HOST]}/64 dev {HOST} nodad")
+def add_host(owned, lab, namespace, kind):
+    """A host that serves, behind a port of some kind; the namespace that it is in."""
+    name = HOSTS[kind]
+    host = namespace
+    if kind != "tap":
+        host = owned.enter_context(Namespace())
+        far_end = f"name {name} netns {host.pid}"
+        namespace.ip(f"link add {name} type veth peer {far_end}")
+        namespace.ip(f"link set {name} up")
+        host.ip(f"link set {name} up")
+    lab.add_port(name, f"{kind}:{name}")
+    host.ip(f"address add 10.77.0.{NUMBERS[name]}/24 dev {name}")
+    host.ip(f"address add fd77::{NUMBERS[name]}/64 dev {name} nodad")
+    server = owned.enter_context(host.start(sys.executable, str(SOURCE), "serve"))
+    assert server.stdout.readline() == "ready\n"
+    return host
 
 
 def boot(lab, *machines):
@@ -75,12 +90,9 @@ def net(tools_image):
         lab = owned.enter_context(
             Lab(Path(directory), tools_image, prefix=namespace.prefix)
         )
-        lab.add_port(HOST, f"tap:{HOST}")
-        prepare_host(namespace)
-        server = owned.enter_context(
-            namespace.start(sys.executable, str(SOURCE), "serve")
-        )
-        assert server.stdout.readline() == "ready\n"
+        hosts = {
+            name: add_host(owned, lab, namespace, kind) for kind, name in HOSTS.items()
+        }
         guests = boot(
             lab,
             lab.machine(1),
@@ -88,62 +100,36 @@ def net(tools_image):
             lab.machine(3, offloads=False),
             lab.machine(4, offloads=False, packed=True),
         )
-        yield SimpleNamespace(lab=lab, namespace=namespace, guests=guests)
+        yield SimpleNamespace(lab=lab, namespace=namespace, hosts=hosts, guests=guests)
 
 
 def addresses_of(source, target):
-    ways = WAYS[:2] if HOST in {source, target} else WAYS
+    ways = WAYS[:2] if {source, target} & {*HOSTS.values()} else WAYS
     return [way.format(NUMBERS[target]) for way in ways]
 
 
 def send(net, source, addresses):
     """All transfers to these addresses; the lines that the sender prints."""
-    if source == HOST:
-        return net.namespace.run(sys.executable, str(SOURCE), "send", *addresses)
+    if host := net.hosts.get(source):
+        return host.run(sys.executable, str(SOURCE), "send", *addresses)
     command = f"{TRANSFER} send {' '.join(addresses)}"
     return net.guests[source].check(command, timeout=60)
 
 
-def assert_same(said, addresses):
-    """What came is what was sent, to each address by each protocol."""
-    lines = [line.split() for line in said.splitlines()]
-    wanted = [(how, address) for address in addresses for how in ("tcp", "udp")]
-    assert [(how, address) for how, address, _, _ in lines] == wanted
-    for _, _, sent, came in lines:
-        assert sent == came, said
-
-
 def errors_of(net, name):
     """What a network stack has against the frames that it got: lines that count some."""
-    if name == HOST:
-        said = net.namespace.run("sh", "-c", ERRORS)
+    if host := net.hosts.get(name):
+        said = host.run("sh", "-c", ERRORS)
     else:
         said = net.guests[name].check(ERRORS)
-    found = {}
-    heads = {}
-    for line in said.splitlines():
-        name, *values = line.split()
-        if name in heads:
-            found |= {
-                f"{name}{key}": int(value)
-                for key, value in zip(heads[name], values, strict=True)
-                if key == "InCsumErrors"
-            }
-        elif name.endswith(":"):
-            heads[name] = values
-        elif "InCsumErrors" in name:
-            found[name] = int(values[0])
-        elif not values:
-            found[f"interfaces {len(found)}"] = int(name)
-    assert len(found) > 10, said
-    return {name: count for name, count in found.items() if count}
+    return errors_in(said)
 
 
 def assert_arrives(net, source, target):
     """What arrives is what was sent; how the ports' counters have grown."""
     before = {name: net.lab.counters(name) for name in (source, target)}
     addresses = addresses_of(source, target)
-    assert_same(send(net, source, addresses), addresses)
+    transfer.assert_same(send(net, source, addresses), addresses)
     assert errors_of(net, target) == {}
     net.lab.assert_ledger_balances()
     grown = {}
@@ -183,54 +169,86 @@ def test_a_guest_that_cannot_sends_whole_frames(net, source, target):
     assert (came.tx_gso_split, came.tx_csum_completed) == (0, 0)
 
 
+each_host = pytest.mark.parametrize("host", HOSTS.values(), ids=HOSTS)
+
+
+@each_host
 @pytest.mark.parametrize("source", ["vm1", "vm4"])
-def test_guests_send_to_the_host(net, source):
-    sent, came = assert_arrives(net, source, HOST)
+def test_guests_send_to_a_host(net, source, host):
+    sent, came = assert_arrives(net, source, host)
     assert is_super(sent) == (source in ABLE)
     assert (came.tx_gso_split, came.tx_csum_completed) == (0, 0)
 
 
+@each_host
 @pytest.mark.parametrize("target", ["vm2", "vm3"])
-def test_the_host_sends_to_guests(net, target):
-    sent, came = assert_arrives(net, HOST, target)
+def test_a_host_sends_to_guests(net, target, host):
+    sent, came = assert_arrives(net, host, target)
     assert is_super(sent)
     # None of these guests takes UDP super-frames: Linux does since 6.2, and sends them.
-    segments_udp = "host_uso" in net.lab.port(HOST)["features"]
+    segments_udp = "host_uso" in net.lab.port(host)["features"]
     assert (came.tx_gso_split > 0) == (segments_udp or target in UNABLE)
     assert (came.tx_csum_completed > 0) == (target in UNABLE)
 
 
+@each_host
 @pytest.mark.parametrize("target", ["vm1", "vm4"])
-def test_a_host_without_offloads_sends_to_guests(net, target):
-    switch = ("ethtool", "-K", HOST, "tx")
-    net.namespace.run(*switch, "off")
+def test_a_host_without_offloads_sends_to_guests(net, target, host):
+    switch = ("ethtool", "-K", host, "tx")
+    net.hosts[host].run(*switch, "off")
     try:
-        sent, came = assert_arrives(net, HOST, target)
+        sent, came = assert_arrives(net, host, target)
     finally:
-        net.namespace.run(*switch, "on")  # and with it what needs it
+        net.hosts[host].run(*switch, "on")  # and with it what needs it
     assert not is_super(sent)
     assert (came.tx_gso_split, came.tx_csum_completed) == (0, 0)
 
 
-def test_super_frames_in_a_vlan_cross_two_taps_and_a_bridge(tools_image, namespace):
-    """What a guest puts into a VLAN passes the host's kernel as it is, both ways."""
+def set_mtu(net, guest, host, mtu):
+    net.guests[guest].check(f"ip link set eth0 mtu {mtu}")
+    for namespace in {net.namespace, net.hosts[host]}:
+        namespace.ip(f"link set {host} mtu {mtu}")
+
+
+@each_host
+@pytest.mark.parametrize("guest", ["vm1", "vm3"])
+def test_jumbo_frames_pass_between_a_guest_and_a_host(net, guest, host):
+    set_mtu(net, guest, host, 9000)
+    try:
+        for source, target in ((guest, host), (host, guest)):
+            _, came = assert_arrives(net, source, target)
+            if guest in UNABLE:
+                assert came.tx_bytes / came.tx_frames > ORDINARY
+    finally:
+        set_mtu(net, guest, host, 1500)
+
+
+def test_super_frames_in_a_vlan_cross_two_uplinks_and_a_bridge(tools_image, namespace):
+    """What a guest puts into a VLAN passes the host's kernel as it is.
+
+    By a tap on one side and an interface on the other.
+    """
     with ExitStack() as owned:
         namespace.ip("link add br0 type bridge")
         namespace.ip("link set br0 up")
+        namespace.ip("link add up2 type veth peer name br2")
+        namespace.ip("link set up2 up")
         labs, guests = [], {}
-        for number in (1, 2):
+        for number, (uplink, in_bridge) in enumerate(
+            (("tap:up1", "up1"), ("eth:up2", "br2")), 1
+        ):
             directory = owned.enter_context(tempfile.TemporaryDirectory(prefix="vsw-"))
             lab = Lab(Path(directory), tools_image, prefix=namespace.prefix)
             labs.append(owned.enter_context(lab))
-            lab.add_port("tap", f"tap:up{number}")
-            namespace.ip(f"link set up{number} master br0")
+            lab.add_port("uplink", uplink)
+            namespace.ip(f"link set {in_bridge} master br0 up")
             guests |= boot(lab, lab.machine(number))
-        net = SimpleNamespace(guests=guests)
+        net = SimpleNamespace(guests=guests, hosts={})
         addresses = [way.format(2) for way in WAYS]
-        assert_same(send(net, "vm1", addresses), addresses)
+        transfer.assert_same(send(net, "vm1", addresses), addresses)
         assert errors_of(net, "vm2") == {}
         assert is_super(SimpleNamespace(**labs[0].counters("vm1")))
-        assert is_super(SimpleNamespace(**labs[1].counters("tap")))
-        for lab, name in ((labs[0], "tap"), (labs[1], "vm2")):
+        assert is_super(SimpleNamespace(**labs[1].counters("uplink")))
+        for lab, name in ((labs[0], "uplink"), (labs[1], "vm2")):
             assert lab.counters(name)["tx_gso_split"] == 0
             lab.assert_ledger_balances()

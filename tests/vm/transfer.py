@@ -128,6 +128,15 @@ def hand_over(sock, datagrams):
             sock.send(datagram)
 
 
+def assert_same(said, addresses):
+    """What came is what was sent, to each address by each protocol, as `send` says."""
+    lines = [line.split() for line in said.splitlines()]
+    wanted = [(how, address) for address in addresses for how in ("tcp", "udp")]
+    assert [(how, address) for how, address, _, _ in lines] == wanted
+    for _, _, sent, came in lines:
+        assert sent == came, said
+
+
 def say(*words):
     sys.stdout.write(" ".join(words) + "\n")
     sys.stdout.flush()
