@@ -1,0 +1,199 @@
+"""From one network namespace to another, by this switch's uplinks and by others' means.
+
+    python -m bench.uplink [--seconds S] [--slices N] [--only WAY,WAY] [-j]
+
+All ways are there from the beginning and take turns, slice by slice, with iperf3 (TCP,
+all offloads that the interfaces have by themselves) and with frames of 60 bytes sent as
+fast as one thread can make the kernel send them; what counts is what the other end's
+interface received. A ratio is the median over the slices' own, each with its neighbour.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from statistics import median
+from typing import Any, Final, NamedTuple
+
+from bench import machine
+from bench.blast import Blaster
+from bench.ways import WAYS, Land, missing
+from tests.netns.namespace import Namespace
+
+_BASE: Final = {"tap": "ovs tap", "eth": "ovs veth", "xdp": "ovs veth"}
+_START_S: Final = 30.0
+_SLACK_S: Final = 30.0
+_TEST_TYPE: Final = b"\x88\xb5"  # IEEE 802: for local experiments; nobody answers
+
+
+class NoAnswerError(Exception):
+    """TCP did not come through."""
+
+
+class Way(NamedTuple):
+    """One that is there: its interfaces and addresses."""
+
+    name: str
+    number: int
+    land: Land
+    blaster: Blaster
+
+    @property
+    def address(self) -> str:
+        """Of the far end."""
+        return f"10.88.{self.number}.2"
+
+    def tcp(self, seconds: int) -> float:
+        """Gb/s that arrived."""
+        said = self.land.one.run(
+            *("iperf3", "--client", self.address, "--time", str(seconds)),
+            *("--interval", "0", "--json"),
+            timeout=seconds + _SLACK_S,
+        )
+        result = json.loads(said)
+        if "error" in result:
+            raise NoAnswerError(result["error"])
+        return float(result["end"]["sum_received"]["bits_per_second"]) / 1e9
+
+    def small(self, seconds: float) -> float:
+        """Millions of small frames a second that arrived."""
+        before = self._arrived()
+        took = self.blaster.run(seconds)
+        return (self._arrived() - before) / took / 1e6
+
+    def _arrived(self) -> int:
+        link = self.land.other.link(f"b{self.number}")
+        return int(link["stats64"]["rx"]["packets"]) if link else 0
+
+
+class Measured(NamedTuple):
+    """Slices of one way."""
+
+    tcp: list[float]
+    small: list[float]
+
+
+def main() -> None:
+    """Measure, and print a table or JSON."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--seconds", type=int, default=2, help="of a slice")
+    parser.add_argument("--slices", type=int, default=5, help="of each way")
+    parser.add_argument("--only", default=",".join(WAYS), help="ways, by commas")
+    parser.add_argument("-j", "--json", action="store_true")
+    options = parser.parse_args()
+    busy = os.getloadavg()[0]
+    with ways(options.only.split(",")) as present:
+        found = measure(present, options.seconds, options.slices)
+    if options.json:
+        for name, measured in found.items():
+            for line in _as_json(name, measured):
+                print(json.dumps(line))
+        return
+    cpus = len(os.sched_getaffinity(0))
+    print(f"{machine.processor()}, {cpus} processors, load {busy:.1f} before")
+    print("way       TCP Gb/s  (least to most)    60 B Mpps  (least to most)")
+    for name, measured in found.items():
+        print(f"{name:8}{_figure(measured.tcp)}    {_figure(measured.small)}")
+    for line in _ratios(found):
+        print(line)
+
+
+def measure(present: list[Way], seconds: int, slices: int) -> dict[str, Measured]:
+    """Let the ways take turns."""
+    found = {way.name: Measured([], []) for way in present}
+    for _ in range(slices):
+        for way in present:
+            found[way.name].tcp.append(way.tcp(seconds))
+        for way in present:
+            found[way.name].small.append(way.small(seconds))
+    return found
+
+
+@contextmanager
+def ways(names: list[str]) -> Iterator[list[Way]]:
+    """Make them all, in namespaces of our own; those that cannot be are named."""
+    with ExitStack() as owned:
+        one, other = (owned.enter_context(Namespace()) for _ in range(2))
+        present = []
+        for number, name in enumerate(names, 1):
+            reason = missing(name)
+            if reason:
+                print(f"{name} is left out: {reason}", file=sys.stderr)
+                continue
+            land = Land(one, owned.enter_context(Namespace()), other)
+            owned.enter_context(WAYS[name](land, number))
+            present.append(_furnish(owned, name, number, land))
+        with other.start("iperf3", "--server") as server:
+            owned.callback(server.kill)
+            for way in present:
+                _await_answer(way)
+            yield present
+
+
+def _furnish(owned: ExitStack, name: str, number: int, land: Land) -> Way:
+    """Give the ends addresses and open what sends small frames."""
+    addresses = []
+    for last, (space, letter) in enumerate(land.ends, 1):
+        interface = f"{letter}{number}"
+        space.ip(f"address add 10.88.{number}.{last}/24 dev {interface}")
+        space.ip(f"link set {interface} up")
+        link = space.link(interface)
+        addresses.append(bytes.fromhex(link["address"].replace(":", "")))
+    frame = addresses[1] + addresses[0] + _TEST_TYPE
+    blaster = owned.enter_context(Blaster(land.one, f"a{number}", frame))
+    return Way(name, number, land, blaster)
+
+
+def _await_answer(way: Way) -> None:
+    """Once TCP has come through, everybody knows where the ends are."""
+    deadline = time.monotonic() + _START_S
+    while True:
+        try:
+            way.tcp(1)
+        except (subprocess.CalledProcessError, NoAnswerError) as error:
+            if time.monotonic() > deadline:
+                sys.exit(f"{way.name}: TCP does not come through: {error}")
+            time.sleep(0.1)  # iperf3 may not listen yet
+        else:
+            return
+
+
+def _figure(values: list[float]) -> str:
+    spread = f"({min(values):.2f} to {max(values):.2f})"
+    return f"{median(values):10.2f}  {spread:16}"
+
+
+def _ratios(found: dict[str, Measured]) -> Iterator[str]:
+    """Each of our ways beside the others'."""
+    pairs = [(way, base) for way in _BASE for base in ("bridge", _BASE[way])]
+    for name, base in pairs:
+        if name in found and base in found:
+            tcp = _ratio(found[name].tcp, found[base].tcp)
+            small = _ratio(found[name].small, found[base].small)
+            yield f"{name} to {base}: TCP {tcp:.2f}, small frames {small:.2f}"
+
+
+def _ratio(ours: list[float], theirs: list[float]) -> float:
+    return median(one / other for one, other in zip(ours, theirs, strict=True))
+
+
+def _as_json(name: str, measured: Measured) -> Iterator[dict[str, Any]]:
+    for what, unit, values in (
+        ("tcp", "Gb/s", measured.tcp),
+        ("small_frames", "Mpps", measured.small),
+    ):
+        yield {
+            "name": f"uplink_{name.replace(' ', '_')}_{what}",
+            "value": median(values),
+            "unit": unit,
+            "better": "higher",
+            "slices": values,
+        }
+
+
+if __name__ == "__main__":
+    main()
