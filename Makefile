@@ -1,6 +1,6 @@
 # Bare `make` lists the targets; anything longer than a line is in .ci/ or a tool's own file.
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-tests demo test check lint test-fast test-python test-bounds bench bench-tcp format clean
+.PHONY: help setup setup-tests demo test check lint test-fast test-python test-bounds bench bench-tcp bench-uplink format clean
 
 BIN := .venv/bin
 # Two at a time, a file as a whole: most of a test is waiting, and a file shares a switch.
@@ -42,6 +42,9 @@ bench: setup-tests ## measure guest to guest
 
 bench-tcp: setup-tests ## measure TCP between real guests, with and without offloads
 	@$(BIN)/python -m bench.tcp
+
+bench-uplink: setup-tests ## measure taps and interfaces beside the kernel's bridge and OVS
+	@$(BIN)/python -m bench.uplink
 
 format: setup-tests ## rewrite the sources as ruff likes them
 	@$(BIN)/ruff format . && $(BIN)/ruff check --fix .

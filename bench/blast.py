@@ -7,7 +7,7 @@ from typing import Final
 
 import numpy as np
 
-from tests.netns.namespace import Namespace
+from bench.namespace import Namespace
 
 _SOL_PACKET: Final = 263
 _QDISC_BYPASS: Final = 20

@@ -11,6 +11,7 @@ interface received. A ratio is the median over the slices' own, each with its ne
 import argparse
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -21,8 +22,8 @@ from typing import Any, Final, NamedTuple
 
 from bench import machine
 from bench.blast import Blaster
+from bench.namespace import Namespace
 from bench.ways import WAYS, Land, missing
-from tests.netns.namespace import Namespace
 
 _BASE: Final = {"tap": "ovs tap", "eth": "ovs veth", "xdp": "ovs veth"}
 _START_S: Final = 30.0
@@ -49,11 +50,16 @@ class Way(NamedTuple):
 
     def tcp(self, seconds: int) -> float:
         """Gb/s that arrived."""
-        said = self.land.one.run(
-            *("iperf3", "--client", self.address, "--time", str(seconds)),
-            *("--interval", "0", "--json"),
-            timeout=seconds + _SLACK_S,
-        )
+        server = ("iperf3", "--server", "--one-off", "--forceflush")
+        with self.land.other.start(*server) as process:
+            if not any("listening" in line for line in process.stdout or ()):
+                message = "iperf3 cannot listen"
+                raise NoAnswerError(message)
+            said = self.land.one.run(
+                *("iperf3", "--client", self.address, "--time", str(seconds)),
+                *("--interval", "0", "--json"),
+                timeout=seconds + _SLACK_S,
+            )
         result = json.loads(said)
         if "error" in result:
             raise NoAnswerError(result["error"])
@@ -85,13 +91,15 @@ def main() -> None:
     parser.add_argument("--only", default=",".join(WAYS), help="ways, by commas")
     parser.add_argument("-j", "--json", action="store_true")
     options = parser.parse_args()
+    if shutil.which("iperf3") is None:
+        sys.exit("cannot measure TCP: there is no iperf3 (apt-get install iperf3)")
     busy = os.getloadavg()[0]
     with ways(options.only.split(",")) as present:
         found = measure(present, options.seconds, options.slices)
     if options.json:
         for name, measured in found.items():
-            for line in _as_json(name, measured):
-                print(json.dumps(line))
+            for figure in _as_json(name, measured):
+                print(json.dumps(figure))
         return
     cpus = len(os.sched_getaffinity(0))
     print(f"{machine.processor()}, {cpus} processors, load {busy:.1f} before")
@@ -127,11 +135,9 @@ def ways(names: list[str]) -> Iterator[list[Way]]:
             land = Land(one, owned.enter_context(Namespace()), other)
             owned.enter_context(WAYS[name](land, number))
             present.append(_furnish(owned, name, number, land))
-        with other.start("iperf3", "--server") as server:
-            owned.callback(server.kill)
-            for way in present:
-                _await_answer(way)
-            yield present
+        for way in present:
+            _await_answer(way)
+        yield present
 
 
 def _furnish(owned: ExitStack, name: str, number: int, land: Land) -> Way:
@@ -141,7 +147,7 @@ def _furnish(owned: ExitStack, name: str, number: int, land: Land) -> Way:
         interface = f"{letter}{number}"
         space.ip(f"address add 10.88.{number}.{last}/24 dev {interface}")
         space.ip(f"link set {interface} up")
-        link = space.link(interface)
+        (link,) = json.loads(space.ip(f"-json link show {interface}"))
         addresses.append(bytes.fromhex(link["address"].replace(":", "")))
     frame = addresses[1] + addresses[0] + _TEST_TYPE
     blaster = owned.enter_context(Blaster(land.one, f"a{number}", frame))
@@ -157,7 +163,6 @@ def _await_answer(way: Way) -> None:
         except (subprocess.CalledProcessError, NoAnswerError) as error:
             if time.monotonic() > deadline:
                 sys.exit(f"{way.name}: TCP does not come through: {error}")
-            time.sleep(0.1)  # iperf3 may not listen yet
         else:
             return
 

@@ -16,8 +16,8 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager
 from pathlib import Path
 from typing import Final, NamedTuple
 
+from bench.namespace import Namespace
 from bench.rig import switch
-from tests.netns.namespace import Namespace
 
 _OVS_COMMANDS: Final = ("ovsdb-tool", "ovsdb-server", "ovs-vswitchd", "ovs-vsctl")
 _OVS_SCHEMA: Final = Path("/usr/share/openvswitch/vswitch.ovsschema")

@@ -2,8 +2,8 @@ from contextlib import ExitStack
 
 import pytest
 
+from bench.namespace import Namespace
 from tests import requirements
-from tests.netns.namespace import Namespace
 from tests.netns.uplink import Bench
 from tests.switch import Switch, remove_directory, short_directory
 

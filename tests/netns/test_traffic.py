@@ -13,9 +13,9 @@ from types import SimpleNamespace
 
 import pytest
 
+from bench.namespace import Namespace
 from tests import netstat, requirements
 from tests.datapath.test_offload import super_datagram, super_frame
-from tests.netns.namespace import Namespace
 from tests.netns.uplink import Bench, Trunk
 from tests.switch import Switch, remove_directory, short_directory
 from tests.vm import transfer

@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
+from bench.namespace import Namespace
 from tests import requirements
-from tests.netns.namespace import Namespace
 from tests.vm import testpmd
 from tests.vm.lab import Lab
 from vswitch.demo import image, qemu

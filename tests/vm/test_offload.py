@@ -14,7 +14,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from tests.netns.namespace import Namespace
+from bench.namespace import Namespace
 from tests.netstat import ERRORS, errors_in
 from tests.vm import transfer
 from tests.vm.lab import Lab
