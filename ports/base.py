@@ -21,6 +21,7 @@ KIND_NONE: Final = 0
 KIND_VHOST_USER: Final = 1
 KIND_TAP: Final = 2
 KIND_ETH: Final = 3
+KIND_XDP: Final = 4
 
 # Ring n of a port is virtqueue n of its device (virtio 1.2 §5.1.2): even ones are the
 # guest's receive queues, which we transmit into; odd ones its transmit queues, which we
@@ -54,7 +55,7 @@ RING: Final = np.dtype(
         ("log_used", "<i8"),  # the used ring; packed: the device's event area
         ("log_desc", "<i8"),  # the descriptor table
         # Our addresses of the three parts; packed: ring, driver's and device's events;
-        # eth: the packet socket's ring and nothing.
+        # eth: the packet socket's ring and nothing; xdp: an XSK record and nothing.
         ("desc", "<i8"),
         ("avail", "<i8"),
         ("used", "<i8"),

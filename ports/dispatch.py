@@ -7,11 +7,12 @@ line to each if-chain; chains of ints inline where function values do not.
 
 from typing import Final
 
-from ports import eth_data, flow, offload, tap_data
+from ports import eth_data, flow, offload, tap_data, xdp_data
 from ports.base import (
     KIND_ETH,
     KIND_TAP,
     KIND_VHOST_USER,
+    KIND_XDP,
     RING,
     RING_RUNNING,
     RINGS_PER_PORT,
@@ -45,6 +46,8 @@ def receive(ring: Record, port: Record, ctx: Record, tally: Record) -> int:
         return tap_data.receive(port, ctx)
     if int(port["kind"]) == KIND_ETH:
         return eth_data.receive(ring, ctx)
+    if int(port["kind"]) == KIND_XDP:
+        return xdp_data.receive(ring, ctx, tally)
     return 0
 
 
@@ -68,6 +71,8 @@ def release(ring: Record, port: Record, ctx: Record, n: int, tally: Record) -> N
         virtqueue.call(ring, tally)
     elif int(port["kind"]) == KIND_ETH:
         eth_data.release(ring, n)
+    elif int(port["kind"]) == KIND_XDP:
+        xdp_data.release(ring)
 
 
 @jit
@@ -233,6 +238,8 @@ def _transmit_ring(
 @jit
 def _put(ring: Record, port: Record, ctx: Record, n: int, tally: Record) -> int:
     """Put frames and call the driver if anything went back to it, bad chains included."""
+    if int(port["kind"]) == KIND_XDP:
+        return xdp_data.transmit(ring, port, ctx, n, tally)
     before = int(ring["next_used"])
     arrived = virtqueue.put(ring, port, ctx, n, tally)
     if int(ring["next_used"]) != before:
@@ -265,7 +272,18 @@ def ask_for_kicks(ring: Record, port: Record, ctx: Record) -> bool:
         return virtqueue.ask_for_kicks(ring, port, ctx)
     if int(port["kind"]) == KIND_ETH:
         return eth_data.has_frame(ring)
+    if int(port["kind"]) == KIND_XDP:
+        return xdp_data.has_frame(ring)
     return False
+
+
+@jit
+def resync(ring: Record, port: Record, ctx: Record) -> None:
+    """Find out where a ring is that a worker was at when it died."""
+    if int(port["kind"]) == KIND_VHOST_USER:
+        virtqueue.resync(ring, port, ctx)
+    elif int(port["kind"]) == KIND_XDP:
+        xdp_data.resync(ring)
 
 
 @jit

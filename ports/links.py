@@ -34,6 +34,7 @@ class Link(NamedTuple):
     mtu: int
     hardware: int  # ARPHRD_*, linux/if_arp.h
     master: int  # index of the bridge or bond that has it, or 0
+    kind: str  # of what the kernel makes up, as veth; empty for hardware
 
 
 class LinkMonitor:
@@ -231,4 +232,5 @@ def _link(message: Any) -> Link:  # noqa: ANN401 (pyroute2 has no types)
         mtu=int(message.get("mtu") or 0),
         hardware=int(message["ifi_type"]),
         master=int(message.get("master") or 0),
+        kind=str(message.get(("linkinfo", "kind")) or ""),
     )

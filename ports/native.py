@@ -238,6 +238,7 @@ _load_u16: Final = _load(16, "monotonic")
 _load_u32: Final = _load(32, "monotonic")
 _load_u64: Final = _load(64, "monotonic")
 _load_acquire_u16: Final = _load(16, "acquire")
+_load_acquire_u32: Final = _load(32, "acquire")
 _load_acquire_u64: Final = _load(64, "acquire")
 _load_any_u64: Final = _plain_load(64)
 _load_any_u16: Final = _plain_load(16)
@@ -312,6 +313,12 @@ _c_writev: Final = types.ExternalFunction(
 )
 _c_sendmmsg: Final = types.ExternalFunction(
     "sendmmsg", types.int32(types.int32, types.int64, types.int32, types.int32)
+)
+_c_send: Final = types.ExternalFunction(
+    "send", types.int64(types.int32, types.int64, types.int64, types.int32)
+)
+_c_recv: Final = types.ExternalFunction(
+    "recv", types.int64(types.int32, types.int64, types.int64, types.int32)
 )
 _c_eventfd_write: Final = types.ExternalFunction(
     "eventfd_write", types.int32(types.int32, types.int64)
@@ -419,6 +426,11 @@ def load_u64(addr: int) -> int:
 def load_acquire_u16(addr: int) -> int:
     """Read 16 bits; later reads are not moved before it."""
     return ctypes.c_uint16.from_address(addr).value
+
+
+def load_acquire_u32(addr: int) -> int:
+    """Read 32 bits; later reads are not moved before it."""
+    return ctypes.c_uint32.from_address(addr).value
 
 
 def load_acquire_u64(addr: int) -> int:
@@ -603,6 +615,18 @@ def sendmmsg_fd(fd: int, messages: int, count: int) -> int:
     return got if got >= 0 else -ctypes.get_errno()
 
 
+def wake_sender(fd: int) -> int:
+    """Have a socket send what is in its ring; 0, or -errno."""
+    got = int(_libc.send(fd, None, ctypes.c_size_t(0), _MSG_DONTWAIT))
+    return got if got >= 0 else -ctypes.get_errno()
+
+
+def wake_receiver(fd: int) -> int:
+    """Have a socket look at its ring of free buffers; 0, or -errno."""
+    got = int(_libc.recv(fd, None, ctypes.c_size_t(0), _MSG_DONTWAIT))
+    return got if got >= 0 else -ctypes.get_errno()
+
+
 def copy_bytes(dst: int, src: int, length: int) -> None:
     """Copy a frame or a part of one; never touches a byte outside `length`."""
     ctypes.memmove(dst, src, length)
@@ -628,6 +652,7 @@ for _python, _native, _arity in (
     (load_u32, _load_u32, 1),
     (load_u64, _load_u64, 1),
     (load_acquire_u16, _load_acquire_u16, 1),
+    (load_acquire_u32, _load_acquire_u32, 1),
     (load_acquire_u64, _load_acquire_u64, 1),
     (load_any_u64, _load_any_u64, 1),
     (load_any_u16, _load_any_u16, 1),
@@ -704,6 +729,24 @@ def _writev_fd(fd: Any, iovecs: Any, count: Any) -> Any:
 def _sendmmsg_fd(fd: Any, messages: Any, count: Any) -> Any:
     def body(fd: int, messages: int, count: int) -> int:
         got = _c_sendmmsg(fd, messages, count, _MSG_DONTWAIT)
+        return got if got >= 0 else -_load_u32(_c_errno())
+
+    return body
+
+
+@overload(wake_sender, strict=False)
+def _wake_sender(fd: Any) -> Any:
+    def body(fd: int) -> int:
+        got = _c_send(fd, 0, 0, _MSG_DONTWAIT)
+        return got if got >= 0 else -_load_u32(_c_errno())
+
+    return body
+
+
+@overload(wake_receiver, strict=False)
+def _wake_receiver(fd: Any) -> Any:
+    def body(fd: int) -> int:
+        got = _c_recv(fd, 0, 0, _MSG_DONTWAIT)
         return got if got >= 0 else -_load_u32(_c_errno())
 
     return body

@@ -21,6 +21,7 @@ and UDP, any checksum, up to two VLAN tags. Not here: tunnels, and UDP fragmenta
 
 from typing import Final
 
+from ports import pieces
 from ports.burst import ADDRESSES_LEN, BURST_SIZE, MIN_FRAME, TAP_SLOT
 from ports.native import (
     Record,
@@ -82,6 +83,7 @@ _VLAN: Final = 0x0081
 _SERVICE_VLAN: Final = 0xA888
 
 _IPV4_HEADER: Final = 20
+_IPV4_FRAGMENT: Final = 0x3FFF  # there are more, or an offset
 _IPV6_HEADER: Final = 40
 _TCP_HEADER: Final = 20
 _UDP_HEADER: Final = 8
@@ -184,25 +186,56 @@ def begin(header: int, frame: int, length: int) -> None:
     l3 = _find_ip(frame, kind)
     if l3 == 0:
         return
-    if _is_v4(frame, l3):
-        l4 = l3 + 4 * (load_u8(frame + l3) & 0xF)
-        pseudo = _sum(frame + l3 + 12, 8)
-    else:
-        l4 = l3 + _IPV6_HEADER
-        pseudo = _sum(frame + l3 + 8, 32)
     protocol = _TCP
     csum_offset = _TCP_CSUM
     if kind == NET_HDR_GSO_UDP_L4:
         protocol = _UDP
         csum_offset = _UDP_CSUM
-    if l4 >= length or not _leads_to(protocol, frame, l3, l4):
+    found, l4, _ = _find_l4(frame, length, l3)
+    if found != protocol or l4 >= length:
         return
-    pseudo += _swap16(length - l4) + (protocol << 8)
+    pseudo = _sum_addresses(frame, l3) + _swap16(length - l4) + (protocol << 8)
     store_any_u16(frame + l4 + csum_offset, _fold(pseudo))
     store_any_u16(header + 8, csum_offset)
     # Last: where the flag is set, the rest is done.
     word &= _BEFORE_CSUM_START
     store_any_u64(header, word | NET_HDR_F_NEEDS_CSUM | l4 << 48)
+
+
+@jit
+def find_begun(frame: Record, head: int, length: int, clean: int) -> None:
+    """Find a TCP or UDP checksum that is only begun where no header says so.
+
+    A sender on this machine leaves its checksums to others and says so beside the frame;
+    by way of XDP the frame comes alone. Such a checksum is the sum of the pseudo header.
+    That of a complete frame is the same by chance once in 65,536 times, and then what
+    completing makes of it is that same number again (RFC 1071: it is the sum's complement,
+    and the sum has it in). So only a frame that was damaged on its way, and by the same
+    chance, gains from this.
+
+    Args:
+        frame: In `clean` is kept what it asks for, if anything.
+        head: Address of its first `length` bytes, in one piece.
+        length: At least an Ethernet header's.
+        clean: Where to keep that.
+    """
+    l3 = _find_ip(head, NET_HDR_GSO_NONE)
+    if l3 == 0:
+        return
+    protocol, l4, end = _find_l4(head, length, l3)
+    offset = _UDP_CSUM
+    if protocol == _TCP:
+        offset = _TCP_CSUM
+    elif protocol != _UDP:
+        return
+    if l4 + offset + 2 > length or end > int(frame["length"]):
+        return
+    begun = _sum_addresses(head, l3) + _swap16(end - l4) + (protocol << 8)
+    if load_any_u16(head + l4 + offset) != _fold(begun):
+        return
+    store_any_u64(clean, NET_HDR_F_NEEDS_CSUM | l4 << 48)
+    store_any_u64(clean + 8, offset)
+    frame["offload"] = clean
 
 
 @jit
@@ -323,7 +356,7 @@ def lower(ctx: Record, frame: Record, begin: int) -> tuple[int, int]:
     word = load_any_u64(clean)
     csum_start = (word >> 48) & _U16
     if begin == 0:
-        _copy_frame(ctx, frame, whole)
+        pieces.copy_part(ctx, frame, 0, whole, length)
         copy_bytes(whole, int(frame["eth"]), ADDRESSES_LEN)
     if (word >> 8) & 0xFF == NET_HDR_GSO_NONE:
         _complete(whole, length, csum_start, load_any_u16(clean + 8))
@@ -341,20 +374,6 @@ def _plain(ctx: Record, row: int, addr: int, length: int) -> None:
     frame["length"] = length
     frame["segments"] = 1
     frame["offload"] = 0
-
-
-@jit
-def _copy_frame(ctx: Record, frame: Record, dst: int) -> None:
-    """Copy a frame of one or many pieces to `dst`."""
-    pieces = int(frame["segments"])
-    if pieces == 1:
-        copy_bytes(dst, int(frame["addr"]), int(frame["length"]))
-        return
-    first = int(frame["first_segment"])
-    for k in range(first, first + pieces):
-        segment = segment_at(int(ctx["segments"]), k)
-        copy_bytes(dst, int(segment["addr"]), int(segment["len"]))
-        dst += int(segment["len"])
 
 
 @jit
@@ -377,7 +396,10 @@ def _cut(
     kind = (word >> 8) & 0x7F
     protocol = _UDP if kind == NET_HDR_GSO_UDP_L4 else _TCP
     l3 = _find_ip(whole, kind)
-    if l3 == 0 or not _leads_to(protocol, whole, l3, l4):
+    if l3 == 0:
+        return 0, 0
+    found, begin_l4, _ = _find_l4(whole, length, l3)
+    if found != protocol or begin_l4 != l4:
         return 0, 0
     headers = l4 + _UDP_HEADER
     if protocol == _TCP:
@@ -433,25 +455,30 @@ def _is_v4(frame: int, l3: int) -> bool:
 
 
 @jit
-def _leads_to(protocol: int, frame: int, l3: int, l4: int) -> bool:
-    """Whether the IP header at `l3` says that the protocol begins at `l4`.
+def _find_l4(frame: int, length: int, l3: int) -> tuple[int, int, int]:
+    """What the IP header at `l3` leads to: protocol, where that begins, where it ends.
 
-    IPv6 options, routing and destination headers are stepped over. A fragment has none;
-    and where a route is still to be followed, its end is in the checksum (RFC 8200
-    §8.1), not the address that we see.
+    IPv6 options, routing and destination headers are stepped over. A fragment leads to
+    nothing (0); and where a route is still to be followed, its end is in the checksum
+    (RFC 8200 §8.1), not the address that we see.
     """
     if _is_v4(frame, l3):
         header = 4 * (load_u8(frame + l3) & 0xF)
-        is_it = load_u8(frame + l3 + 9) == protocol
-        return is_it and header >= _IPV4_HEADER and l3 + header == l4
+        if header < _IPV4_HEADER or l3 + header > length:
+            return 0, 0, 0
+        if _load_big16(frame + l3 + 6) & _IPV4_FRAGMENT:
+            return 0, 0, 0
+        end = l3 + _load_big16(frame + l3 + 2)
+        return load_u8(frame + l3 + 9), l3 + header, end
     following = load_u8(frame + l3 + 6)
+    end = l3 + _IPV6_HEADER + _load_big16(frame + l3 + 4)
     at = l3 + _IPV6_HEADER
-    while at < l4 and following in _OPTIONS:
+    while following in _OPTIONS and at + 8 <= length:
         if following == _ROUTING and load_u8(frame + at + 3) != 0:
-            return False
+            return 0, 0, 0
         following = load_u8(frame + at)
         at += 8 * (load_u8(frame + at + 1) + 1)
-    return following == protocol and at == l4
+    return following, at, end
 
 
 @jit
@@ -465,8 +492,16 @@ def _fix_ip(frame: int, l3: int, l4: int, length: int, number: int) -> int:
         _store_big16(frame + l3 + 4, _load_big16(frame + l3 + 4) + number)
         store_any_u16(frame + l3 + 10, 0)
         store_any_u16(frame + l3 + 10, ~_fold(_sum(frame + l3, l4 - l3)) & _U16)
+    else:
+        _store_big16(frame + l3 + 4, length - l3 - _IPV6_HEADER)
+    return _sum_addresses(frame, l3)
+
+
+@jit
+def _sum_addresses(frame: int, l3: int) -> int:
+    """The sum of an IP header's addresses."""
+    if _is_v4(frame, l3):
         return _sum(frame + l3 + 12, 8)
-    _store_big16(frame + l3 + 4, length - l3 - _IPV6_HEADER)
     return _sum(frame + l3 + 8, 32)
 
 

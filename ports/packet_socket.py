@@ -75,8 +75,7 @@ def open_sockets(
     sockets: list[socket.socket] = []
     try:
         segments_udp = _open_into(sockets, interface)
-        membership = struct.pack("iHH8x", index, _MR_PROMISC, 0)
-        sockets[0].setsockopt(_SOL_PACKET, _ADD_MEMBERSHIP, membership)
+        _join(sockets[0], index)
         group = begin_fanout(sockets[0]) if count > 1 else 0
         for _ in range(count - 1 if group else 0):
             _open_into(sockets, interface)
@@ -90,6 +89,26 @@ def open_sockets(
         message = f"cannot attach to interface {interface}: {name}: {cause}"
         raise PortError(message) from error
     return sockets, segments_udp
+
+
+def promiscuous(index: int) -> socket.socket:
+    """Have an interface take all frames until the socket is closed, which gets none.
+
+    Raises:
+        OSError: We lack the right, or it is gone.
+    """
+    sock = socket.socket(socket.AF_PACKET, socket.SOCK_RAW, 0)
+    try:
+        _join(sock, index)
+    except OSError:
+        sock.close()
+        raise
+    return sock
+
+
+def _join(sock: socket.socket, index: int) -> None:
+    membership = struct.pack("iHH8x", index, _MR_PROMISC, 0)
+    sock.setsockopt(_SOL_PACKET, _ADD_MEMBERSHIP, membership)
 
 
 def _open_into(sockets: list[socket.socket], interface: str) -> bool:

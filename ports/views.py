@@ -5,6 +5,7 @@ from typing import Final
 from ports.base import PORT, REDO, REGION, RING
 from ports.burst import FRAME, MESSAGE, SEGMENT
 from ports.native import records_at
+from ports.xdp_ring import XSK
 
 port_at: Final = records_at(PORT)
 ring_at: Final = records_at(RING)
@@ -13,3 +14,4 @@ region_at: Final = records_at(REGION)
 frame_at: Final = records_at(FRAME)
 segment_at: Final = records_at(SEGMENT)
 message_at: Final = records_at(MESSAGE)
+xsk_at: Final = records_at(XSK)

@@ -23,6 +23,7 @@ NUMBA_FREE = (
     "ports.vhost.session",
     "ports.vhost.virtio",
     "ports.vhost_user",
+    "ports.xdp",
     "vswitch.cli",
     "vswitch.control.client",
     "vswitch.manager",
@@ -44,6 +45,7 @@ FORBIDDEN = (
     ("ports.vhost", "ports.dispatch"),
     ("ports.tap_data", "ports.vhost"),
     ("ports.eth_data", "ports.vhost"),
+    ("ports.xdp_data", "ports.vhost"),
 )
 
 

@@ -184,7 +184,7 @@ def add_port(
         typer.Argument(
             metavar="ENDPOINT",
             help="A vhost-user socket's path (or vhost:PATH), tap:IFNAME for a tap of our "
-            "own, or eth:IFNAME for an interface that is there.",
+            "own, eth:IFNAME for an interface that is there, or xdp:IFNAME for all of it.",
         ),
     ],
     name: Annotated[str | None, typer.Option(help="What to call the port.")] = None,

@@ -14,6 +14,7 @@ from ports.host import State
 from ports.links import check_name
 from ports.tap import TapPort
 from ports.vhost_user import VhostUserPort
+from ports.xdp import XdpPort
 from vswitch.control import endpoint
 from vswitch.control.endpoint import Endpoint
 from vswitch.errors import ConfigError, VswitchError
@@ -22,9 +23,10 @@ from vswitch.workers import Workers
 
 _GUEST_ADDRESSES: Final = 16384
 _UPLINK_ADDRESSES: Final = 65536
-_UPLINKS: Final[dict[str, type[TapPort] | type[EthPort]]] = {
+_UPLINKS: Final[dict[str, type[TapPort | EthPort | XdpPort]]] = {
     endpoint.TAP: TapPort,
     endpoint.ETH: EthPort,
+    endpoint.XDP: XdpPort,
 }
 
 _log = logging.getLogger(__name__)

@@ -12,6 +12,7 @@ socket. Descriptors are watched edge-triggered, so a kick is never read: each wr
 eventfd is an edge.
 """
 
+import errno
 import gc
 import logging
 import os
@@ -193,6 +194,9 @@ class Worker:
             failed = native.map_fixed(addr, length, fd, offset)
             os.dup2(fd, number, inheritable=False)
             os.close(fd)
+            if failed and failed != -errno.EEXIST:
+                # Until the manager has heard of it, the records may lead us there.
+                native.replace_by_zeroes(addr, length)
             if failed:
                 return failed
             self._mapped[addr] = length

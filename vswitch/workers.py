@@ -374,8 +374,11 @@ class Workers:
 
     def _welcome(self, process: _Process) -> None:
         """Bring a new worker to the state of the others, then count it among them."""
-        for mapping, fd, _ in self._mappings.values():
-            self._tell(process, "map", [tuple(mapping)], fds=[fd])
+        for mapped in self._mappings.values():
+            answer = self._tell(
+                process, "map", [tuple(mapped.mapping)], fds=[mapped.fd]
+            )
+            answer.add_done_callback(partial(self._check_mapped, mapped))
         numbers = list(self._fds)
         for at in range(0, len(numbers), protocol.MAX_FDS):
             some = numbers[at : at + protocol.MAX_FDS]
@@ -386,6 +389,11 @@ class Workers:
             self._adopt_orphans(process)
         self._tell(process, "sync", NOBODY)
         self._check_all_ready()
+
+    def _check_mapped(self, mapped: _Mapped, answer: "asyncio.Future[int]") -> None:
+        """A worker that cannot map what the others have sees zeroes there."""
+        if answer.result() < 0 and mapped.mapping.addr in self._mappings:
+            mapped.lost()
 
     # --- death ---
 

@@ -20,6 +20,7 @@ HERE = Path("/home/user")
         ("./tap:b.sock", Endpoint("vhost", "/home/user/tap:b.sock"), "tap:b"),
         ("tap:up0", Endpoint("tap", "up0"), "up0"),
         ("eth:eth1", Endpoint("eth", "eth1"), "eth1"),
+        ("xdp:eth1", Endpoint("xdp", "eth1"), "eth1"),
     ],
 )
 def test_endpoints_are_kept_in_full_and_name_their_port(text, endpoint, name):
@@ -28,7 +29,7 @@ def test_endpoints_are_kept_in_full_and_name_their_port(text, endpoint, name):
     assert parse(endpoint.text, Path("/elsewhere")) == endpoint
 
 
-@pytest.mark.parametrize("text", ["tapp:up0", "xdp:up0", "x:y.sock"])
+@pytest.mark.parametrize("text", ["tapp:up0", "afp:up0", "x:y.sock"])
 def test_an_unknown_kind_is_refused_with_those_that_are_known(text):
     with pytest.raises(ConfigError, match=r"known: PATH, vhost:\.\.\., tap:\.\.\."):
         parse(text, HERE)

@@ -6,16 +6,18 @@ import socket
 
 import pytest
 
-from ports import eth, packet_socket
+from ports import interface, packet_socket
 from ports.errors import PortError
 from ports.links import Link
 
-ETHERNET = Link(7, is_up=True, has_carrier=True, mtu=1500, hardware=1, master=0)
+ETHERNET = Link(
+    7, is_up=True, has_carrier=True, mtu=1500, hardware=1, master=0, kind=""
+)
 
 
 @pytest.fixture
 def wireless(monkeypatch):
-    monkeypatch.setattr(packet_socket, "is_wireless", lambda *_: True)
+    monkeypatch.setattr(interface, "is_wireless", lambda *_: True)
 
 
 @pytest.mark.parametrize(
@@ -29,20 +31,20 @@ def wireless(monkeypatch):
 def test_what_is_not_ethernet_is_refused(hardware, found):
     text = f"cannot use interface x0: it is not Ethernet: {found} \\(choose another\\)"
     with pytest.raises(PortError, match=text):
-        eth.check("x0", ETHERNET._replace(hardware=hardware))
+        interface.check("x0", ETHERNET._replace(hardware=hardware))
 
 
 @pytest.mark.usefixtures("wireless")
 def test_a_wireless_station_is_refused():
     text = "it is a wireless station, which sends from no address but its own"
     with pytest.raises(PortError, match=text):
-        eth.check("x0", ETHERNET)
+        interface.check("x0", ETHERNET)
 
 
 def test_who_has_the_interface_is_named():
     text = r"it belongs to interface 123456 already \(ip link set x0 nomaster\)"
     with pytest.raises(PortError, match=text):
-        eth.check("x0", ETHERNET._replace(master=123456))
+        interface.check("x0", ETHERNET._replace(master=123456))
 
 
 @pytest.mark.parametrize("same", [True, False])
@@ -60,7 +62,9 @@ def test_an_interface_without_radio_is_no_wireless_station(tmp_path):
 
 
 def test_addresses_move_to_a_tap_whose_name_is_not_too_long():
-    said = eth.move_addresses("abcdefghijklmno", ["192.0.2.1/24", "2001:db8::1/64"])
+    said = interface.move_addresses(
+        "abcdefghijklmno", ["192.0.2.1/24", "2001:db8::1/64"], "guests cannot"
+    )
     assert "interface abcdefghijklmno has 192.0.2.1/24, 2001:db8::1/64, where" in said
     assert "vswitch add-port tap:abcdefghij-host;" in said
     assert said.count("dev abcdefghij-host") == 2

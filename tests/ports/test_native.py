@@ -29,6 +29,7 @@ def jit_loads(addr):
         native.load_u32(addr),
         native.load_u64(addr),
         native.load_acquire_u16(addr),
+        native.load_acquire_u32(addr),
         native.load_acquire_u64(addr),
         native.load_any_u64(addr + 3),
         native.load_any_u16(addr + 1),

@@ -2,7 +2,7 @@
 
     vm1.sock, ./vm1.sock, vhost:vm1.sock   a vhost-user socket, name vm1
     tap:uplink0                            a Linux tap device, name uplink0
-    eth:eth1                               an interface that is there, name eth1
+    eth:eth1, xdp:eth1                     an interface that is there, name eth1
 
 Kept in full: `vhost:` and an absolute path, or the kind and the interface's name.
 """
@@ -16,7 +16,8 @@ from vswitch.errors import ConfigError
 VHOST: Final = "vhost"
 TAP: Final = "tap"
 ETH: Final = "eth"
-KNOWN: Final = (VHOST, TAP, ETH)
+XDP: Final = "xdp"
+KNOWN: Final = (VHOST, TAP, ETH, XDP)
 
 _SOCKET_SUFFIX: Final = ".sock"
 _KIND: Final = re.compile(r"([a-z]+):(.*)", re.DOTALL)

@@ -15,6 +15,7 @@ from ports import dispatch, eth_data
 from ports.base import (
     KIND_ETH,
     KIND_VHOST_USER,
+    KIND_XDP,
     RING_RUNNING,
     RING_STARTING,
     RINGS_PER_PORT,
@@ -176,12 +177,12 @@ def repair_rings(ctx: Record, dead: int, worker: int) -> int:
         if int(port["kind"]) == KIND_ETH and polled:
             eth_data.resync(ring)
             repaired += 1
-        if int(port["kind"]) != KIND_VHOST_USER:
+        if int(port["kind"]) not in (KIND_VHOST_USER, KIND_XDP):
             continue
         held = int(ring["lock"]) == dead + 1
         alone = int(ring["shared"]) == 0 and int(ring["owner"]) == worker
         if held or alone or polled:
-            virtqueue.resync(ring, port, ctx)
+            dispatch.resync(ring, port, ctx)
             dispatch.unlock(ctx, index)
             repaired += 1
     return repaired
