@@ -26,6 +26,7 @@ from tests.netns.test_eth import (
     flows,
     send_and_kill,
     vswitch,
+    wait_for_sleep,
     without,
     worker_frames,
 )
@@ -464,7 +465,7 @@ def test_tags_pass_wherever_they_are(bench, plugged, switch, far):
 def test_what_finds_no_chunk_is_counted(plugged, switch):
     guest, wire = plugged("full0")
     assert_passes_both_ways(guest, wire)
-    (worker,) = switch.workers("active")
+    worker = wait_for_sleep(switch)
     with stopped(worker["pid"]):
         for one in numbered(GUEST_MAC, WIRE_MAC, CHUNKS + 100):
             wire.send(one)
@@ -495,9 +496,7 @@ def test_a_frame_wakes_a_worker_that_sleeps(plugged, switch):
     guest, wire = plugged("wake0")
     assert_passes_both_ways(guest, wire)
     for _ in range(30):
-        switch.wait_for(
-            lambda: switch.workers("active")[0]["state"] == "sleeping", "sleep"
-        )
+        wait_for_sleep(switch)
         begin = time.monotonic()
         down = frame(GUEST_MAC, WIRE_MAC)
         wire.send(down)
