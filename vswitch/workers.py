@@ -491,11 +491,12 @@ class Workers:
     # --- small questions ---
 
     def _anybody(self) -> _Process:
-        ready = self._ready()
-        if not ready:
+        """A worker that forwards: a ring that is not shared has one writer, no spare."""
+        numbers = self._active() or self._ready_numbers()
+        if not numbers:
             message = "no worker is running (see the log)"
             raise VswitchError(message)
-        return ready[0]
+        return self._processes[numbers[0]]
 
     def _ready(self) -> list[_Process]:
         return [self._processes[number] for number in self._ready_numbers()]
