@@ -91,10 +91,13 @@ def main() -> None:
     parser.add_argument("--only", default=",".join(WAYS), help="ways, by commas")
     parser.add_argument("-j", "--json", action="store_true")
     options = parser.parse_args()
+    names = options.only.split(",")
+    if unknown := set(names) - set(WAYS):
+        parser.error(f"no such way: {', '.join(unknown)} (known: {', '.join(WAYS)})")
     if shutil.which("iperf3") is None:
         sys.exit("cannot measure TCP: there is no iperf3 (apt-get install iperf3)")
     busy = os.getloadavg()[0]
-    with ways(options.only.split(",")) as present:
+    with ways(names) as present:
         found = measure(present, options.seconds, options.slices)
     if options.json:
         for name, measured in found.items():

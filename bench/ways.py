@@ -37,7 +37,7 @@ class Land(NamedTuple):
         return (self.one, "a"), (self.other, "b")
 
 
-Way = Callable[[Land, int], AbstractContextManager[None]]
+Builder = Callable[[Land, int], AbstractContextManager[None]]
 
 
 def veths(land: Land, number: int) -> list[str]:
@@ -78,7 +78,7 @@ def tap(land: Land, number: int) -> Iterator[None]:
         yield
 
 
-def on_veths(kind: str) -> Way:
+def on_veths(kind: str) -> Builder:
     """This switch on interfaces that are there, by a kind of port."""
 
     @contextmanager
@@ -119,7 +119,7 @@ def ovs_tap(land: Land, number: int) -> Iterator[None]:
         yield
 
 
-WAYS: Final[dict[str, Way]] = {
+WAYS: Final[dict[str, Builder]] = {
     "bridge": bridge,
     "tap": tap,
     "eth": on_veths("eth"),
