@@ -278,12 +278,17 @@ def ask_for_kicks(ring: Record, port: Record, ctx: Record) -> bool:
 
 
 @jit
-def resync(ring: Record, port: Record, ctx: Record) -> None:
-    """Find out where a ring is that a worker was at when it died."""
+def resync(ring: Record, port: Record, ctx: Record) -> bool:
+    """Find out where a ring is that a worker was at when it died; False: it has none."""
     if int(port["kind"]) == KIND_VHOST_USER:
         virtqueue.resync(ring, port, ctx)
+    elif int(port["kind"]) == KIND_ETH:
+        eth_data.resync(ring)
     elif int(port["kind"]) == KIND_XDP:
         xdp_data.resync(ring)
+    else:
+        return False
+    return True
 
 
 @jit

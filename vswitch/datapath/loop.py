@@ -11,11 +11,9 @@ from typing import Final
 
 import numpy as np
 
-from ports import dispatch, eth_data
+from ports import dispatch
 from ports.base import (
-    KIND_ETH,
     KIND_VHOST_USER,
-    KIND_XDP,
     RING_RUNNING,
     RING_STARTING,
     RINGS_PER_PORT,
@@ -173,16 +171,10 @@ def repair_rings(ctx: Record, dead: int, worker: int) -> int:
         if int(ring["state"]) != RING_RUNNING:
             continue
         port = port_at(int(ctx["ports"]), int(ring["port"]))
-        polled = index % 2 == 1 and int(ring["owner"]) == worker
-        if int(port["kind"]) == KIND_ETH and polled:
-            eth_data.resync(ring)
-            repaired += 1
-        if int(port["kind"]) not in (KIND_VHOST_USER, KIND_XDP):
-            continue
         held = int(ring["lock"]) == dead + 1
         alone = int(ring["shared"]) == 0 and int(ring["owner"]) == worker
-        if held or alone or polled:
-            dispatch.resync(ring, port, ctx)
+        polled = index % 2 == 1 and int(ring["owner"]) == worker
+        if (held or alone or polled) and dispatch.resync(ring, port, ctx):
             dispatch.unlock(ctx, index)
             repaired += 1
     return repaired
