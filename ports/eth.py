@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from typing import Final
 
 from ports import packet_socket
-from ports.base import KIND_ETH, MAX_PAIRS, NO_FD, RING_STARTING, RX
+from ports.base import KIND_ETH, MAX_PAIRS
 from ports.errors import PortError, errno_name
 from ports.host import Host, Mapping
 from ports.interface import InterfacePort, move_addresses
@@ -65,8 +65,19 @@ class EthPort(InterfacePort):
         record = self._host.ports[self._slot]
         record["kind"], record["pairs"] = KIND_ETH, len(self._sockets)
         record["offloads"] = self._receiver
-        for pair, owner in enumerate(self._host.active[: len(self._sockets)]):
-            self._start(pair, owner)
+        pairs = zip(self._mappings, self._host.active, strict=False)
+        for pair, (mapping, owner) in enumerate(pairs):
+            fields = {
+                "owner": owner,
+                "kick_fd": mapping.number,
+                "desc": (0, mapping.addr),
+                "size": (0, SLOTS),
+                "next_avail": 0,
+                "header_len": VNET_HDR_LEN,
+                "features": self._sender,
+                "shared": 0,
+            }
+            self._start(pair, fields)
 
     async def _map_rings(self) -> None:
         """Give every worker the sockets and their rings.
@@ -81,18 +92,6 @@ class EthPort(InterfacePort):
         except OSError as error:
             text = f"cannot map the ring of {self.interface}: {errno_name(error)}"
             raise PortError(f"{text} (look at how much memory is free)") from error
-
-    def _start(self, pair: int, owner: int) -> None:
-        """Have a worker serve a pair from the next sync on."""
-        mapping = self._mappings[pair]
-        rings = self._rings()[2 * pair : 2 * pair + 2]
-        rings["owner"], rings["port"], rings["enabled"] = owner, self._slot, 1
-        rings["header_len"], rings["features"] = VNET_HDR_LEN, self._sender
-        rings["shared"], rings["lock"], rings["next_avail"] = 0, 0, 0
-        rings["kick_fd"] = mapping.number
-        rings["call_fd"] = rings["err_fd"] = NO_FD
-        rings["desc"][RX], rings["size"][RX] = mapping.addr, SLOTS
-        rings["state"] = RING_STARTING
 
     async def _let_go(self) -> None:
         mappings, self._mappings = self._mappings, []

@@ -65,6 +65,7 @@ _MESSAGE_SIZE: Final = MESSAGE.itemsize
 
 _TAG: Final = 4
 _ETHERTYPE: Final = 12
+_VLAN: Final = 0x8100
 _U32: Final = 0xFFFFFFFF
 _EAGAIN: Final = errno.EAGAIN
 _EINVAL: Final = errno.EINVAL
@@ -234,9 +235,7 @@ def transmit(port: Record, ring: Record, ctx: Record, n: int, tally: Record) -> 
 @jit
 def _is_too_long(ctx: Record, frame: Record, max_frame: int) -> bool:
     """Whether a super-frame's segments would be; a tag is in addition to the MTU."""
-    first = offload.byte_at(ctx, frame, _ETHERTYPE)
-    second = offload.byte_at(ctx, frame, _ETHERTYPE + 1)
-    if first == 0x81 and second == 0:
+    if offload.ethertype(ctx, frame) == _VLAN:
         max_frame += _TAG
     return offload.segment_length(ctx, frame) > max_frame
 

@@ -9,7 +9,7 @@ import asyncio
 import contextlib
 import logging
 import socket
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Final
 
 import numpy as np
@@ -17,7 +17,13 @@ from numpy.typing import NDArray
 
 from ports import links
 from ports.aio import unbroken
-from ports.base import KIND_NONE, NO_FD, RING_STOPPED, RINGS_PER_PORT
+from ports.base import (
+    KIND_NONE,
+    NO_FD,
+    RING_STARTING,
+    RING_STOPPED,
+    RINGS_PER_PORT,
+)
 from ports.errors import PortError
 from ports.host import Host, State
 from ports.links import Link, LinkMonitor
@@ -31,7 +37,6 @@ _HARDWARE: Final = {
     772: "it is the loopback",
     65534: "it carries IP without Ethernet, as tun and WireGuard do",
 }
-
 
 _log = logging.getLogger(__name__)
 
@@ -169,6 +174,18 @@ class InterfacePort:
     def _rings(self) -> NDArray[np.void]:
         first = self._slot * RINGS_PER_PORT
         return self._host.rings[first : first + RINGS_PER_PORT]
+
+    def _start(self, pair: int, fields: Mapping[str, object]) -> None:
+        """Have a worker serve a pair from the next sync on; `fields` are RING's.
+
+        A value for each of the two rings is a tuple in their order, (TX, RX).
+        """
+        rings = self._rings()[2 * pair : 2 * pair + 2]
+        rings["port"], rings["enabled"], rings["lock"] = self._slot, 1, 0
+        rings["call_fd"] = rings["err_fd"] = NO_FD
+        for name, value in fields.items():
+            rings[name] = value
+        rings["state"] = RING_STARTING
 
     # --- what a kind adds ---
 

@@ -331,6 +331,13 @@ def byte_at(ctx: Record, frame: Record, at: int) -> int:
 
 
 @jit
+def ethertype(ctx: Record, frame: Record) -> int:
+    """The number behind a frame's addresses, a tag's where there is one."""
+    upper = byte_at(ctx, frame, _ETHERTYPE)
+    return upper << 8 | byte_at(ctx, frame, _ETHERTYPE + 1)
+
+
+@jit
 def is_cut(frame: Record) -> bool:
     """Whether lowering the frame makes segments of it."""
     clean = int(frame["offload"])

@@ -7,13 +7,12 @@ import contextlib
 import ctypes
 import errno
 import fcntl
-import os
 import socket
 import struct
 from pathlib import Path
 from typing import Final
 
-from ports.errors import PortError
+from ports.errors import PortError, explain
 from ports.packet_ring import (
     BLOCK,
     BLOCKS,
@@ -41,7 +40,7 @@ _ETH_P_ALL: Final = 3
 _SO_SNDBUFFORCE: Final = 32
 _SO_ATTACH_FILTER: Final = 26
 _SIOCGIWNAME: Final = 0x8B01
-_SEND_BUFFER: Final = 4 << 20
+_SEND_BUFFER: Final = 4 << 20  # super-frames on their way through a driver
 
 # Classic BPF: return 0 for PACKET_OUTGOING, else all of the frame.
 _FILTER: Final = (
@@ -83,10 +82,7 @@ def open_sockets(
     except OSError as error:
         for sock in sockets:
             sock.close()
-        number = error.errno or 0
-        cause = _CAUSES.get(number, os.strerror(number))
-        name = errno.errorcode.get(number)
-        message = f"cannot attach to interface {interface}: {name}: {cause}"
+        message = f"cannot attach to interface {interface}: {explain(error, _CAUSES)}"
         raise PortError(message) from error
     return sockets, segments_udp
 
@@ -118,7 +114,7 @@ def _open_into(sockets: list[socket.socket], interface: str) -> bool:
     sock.setblocking(False)
     sock.setsockopt(_SOL_PACKET, _VERSION, TPACKET_V2)
     segments_udp = take_headers(sock)
-    _set_send_buffer(sock)
+    set_send_buffer(sock, _SEND_BUFFER)
     ring = struct.pack("4I", BLOCK, BLOCKS, SLOT, SLOTS)
     sock.setsockopt(_SOL_PACKET, _RX_RING, ring)
     ignore_outgoing(sock)
@@ -194,9 +190,9 @@ def is_wireless(interface: str, index: int, sys: Path = Path("/sys/class/net")) 
     return True
 
 
-def _set_send_buffer(sock: socket.socket) -> None:
-    """Room for super-frames on their way through a driver."""
+def set_send_buffer(sock: socket.socket, length: int) -> None:
+    """How many bytes of ours the kernel may have on their way."""
     try:
-        sock.setsockopt(socket.SOL_SOCKET, _SO_SNDBUFFORCE, _SEND_BUFFER)
+        sock.setsockopt(socket.SOL_SOCKET, _SO_SNDBUFFORCE, length)
     except PermissionError:  # no CAP_NET_ADMIN: as much as everybody may have
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _SEND_BUFFER)
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, length)

@@ -29,7 +29,7 @@ from ports.base import (
     TX,
 )
 from ports.burst import MAX_FRAME
-from ports.errors import PortError
+from ports.errors import PortError, explain
 from ports.host import Host, State
 from ports.links import LinkMonitor, bring_up, check_name
 from ports.vhost.features import (
@@ -176,10 +176,7 @@ def attach(interface: str) -> tuple[int, bool]:
     except OSError as error:
         if fd >= 0:
             os.close(fd)
-        number = error.errno or 0
-        cause = _CAUSES.get(number, os.strerror(number))
-        name = errno.errorcode.get(number)
-        message = f"cannot {verb} tap {interface}: {name}: {cause}"
+        message = f"cannot {verb} tap {interface}: {explain(error, _CAUSES)}"
         raise PortError(message) from error
     return fd, segments_udp
 

@@ -21,14 +21,13 @@ A veth's frames come from another part of this machine. Its checksums may be onl
 import asyncio
 import contextlib
 import errno
-import os
 import socket
 from collections.abc import Sequence
 from typing import Final, NamedTuple
 
 from ports import bpf, ethtool, xdp_program
-from ports.base import KIND_XDP, MAX_PAIRS, NO_FD, RING_STARTING, RX, TX
-from ports.errors import PortError, errno_name
+from ports.base import KIND_XDP, MAX_PAIRS
+from ports.errors import PortError, explain
 from ports.ethtool import Setting
 from ports.host import Host, Mapping
 from ports.interface import ETHERNET, InterfacePort, move_addresses
@@ -117,8 +116,17 @@ class XdpPort(InterfacePort):
         record["offloads"] = 0
         # There are no headers; if one is missing is found out.
         looks = self._is_veth or program.mode == GENERIC
-        for pair in range(len(self._served)):
-            self._start(pair, NET_HDR_LEN if looks else 0)
+        for pair, served in enumerate(self._served):
+            memory, ring, *_ = served.mappings
+            fields = {
+                "owner": self._host.owner_for(self._slot, pair),
+                "kick_fd": ring.number,
+                "desc": (memory.addr + XSK.itemsize, memory.addr),
+                "header_len": NET_HDR_LEN if looks else 0,
+                "features": 0,
+                "shared": int(self._host.several),
+            }
+            self._start(pair, fields)
 
     async def _serve(self, program: Program, link: Link, number: int) -> None:
         """Make a socket for a queue, have it mapped, and give frames to it."""
@@ -136,19 +144,6 @@ class XdpPort(InterfacePort):
         flags = COPY if program.mode == GENERIC else 0
         self._has_copies = await _bind(queue, link.ifindex, number, flags)
         program.serve(number, queue.fileno())
-
-    def _start(self, pair: int, header_len: int) -> None:
-        """Have a worker serve a pair from the next sync on."""
-        memory, ring, *_ = self._served[pair].mappings
-        rings = self._rings()[2 * pair : 2 * pair + 2]
-        rings["owner"] = self._host.owner_for(self._slot, pair)
-        rings["port"], rings["enabled"] = self._slot, 1
-        rings["header_len"], rings["features"] = header_len, 0
-        rings["shared"], rings["lock"] = int(self._host.several), 0
-        rings["kick_fd"] = ring.number
-        rings["call_fd"] = rings["err_fd"] = NO_FD
-        rings["desc"][RX], rings["desc"][TX] = memory.addr, memory.addr + XSK.itemsize
-        rings["state"] = RING_STARTING
 
     async def _let_go(self) -> None:
         if self._program:
@@ -176,12 +171,9 @@ class XdpPort(InterfacePort):
                 self._switched_off.append((index, setting))
 
     def _why(self, error: OSError) -> str:
-        number = error.errno or 0
-        found = f"{os.strerror(number)} (use eth:{{}})"
-        if number == errno.EPERM:
-            found = f"we have no {bpf.missing_rights()} (run as root, or grant it)"
-        found = _CAUSES.get(number, found).replace("{}", self.interface)
-        return f"{errno_name(error)}: {found}"
+        rights = f"we have no {bpf.missing_rights()} (run as root, or grant it)"
+        found = explain(error, _CAUSES | {errno.EPERM: rights}, "use eth:{}")
+        return found.replace("{}", self.interface)
 
     # --- the keeper ---
 

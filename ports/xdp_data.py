@@ -58,7 +58,6 @@ _FRESH: Final = XSK.fields["fresh"][1] if XSK.fields else 0
 _UNSENT: Final = XSK.fields["unsent"][1] if XSK.fields else 0
 
 _U32: Final = 0xFFFFFFFF
-_ETHERTYPE: Final = 12
 _TAG: Final = 4
 _VLAN: Final = 0x8100
 _SERVICE_VLAN: Final = 0x88A8
@@ -261,10 +260,7 @@ def _write(ctx: Record, xsk: Record, frame: Record, made: int, back: int) -> Non
 @jit
 def _is_too_long(ctx: Record, frame: Record, max_frame: int) -> bool:
     """Whether a frame longer than `max_frame` is so without its tag, too."""
-    first = offload.byte_at(ctx, frame, _ETHERTYPE)
-    second = offload.byte_at(ctx, frame, _ETHERTYPE + 1)
-    ethertype = first << 8 | second
-    tagged = ethertype in (_VLAN, _SERVICE_VLAN)
+    tagged = offload.ethertype(ctx, frame) in (_VLAN, _SERVICE_VLAN)
     return int(frame["length"]) > max_frame + (_TAG if tagged else 0)
 
 

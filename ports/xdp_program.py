@@ -79,6 +79,9 @@ _RX_QUEUE: Final = 16
 _XDP_ABORTED: Final = 0
 _XDP_DROP: Final = 1
 
+# The program's argument is wanted after calls, too.
+_KEEP_CONTEXT: Final[Line] = (_MOVE_REGISTER, 6, 1, 0, 0)
+
 _FRAME: Final = 10  # the register that ends the stack
 _TPID: Final = -8  # on the stack
 _TCI: Final = -4
@@ -152,16 +155,16 @@ class Program:
             os.close(program)  # the link has it
 
     def _load(self, mode: int) -> int:
-        begin, end = _keep_context(), _redirect(*self._maps)
+        end = _redirect(*self._maps)
         function = function_for_tags() if mode == NATIVE else 0
         if function:
-            lines = [*begin, *_put_back(function), *end]
+            lines = [_KEEP_CONTEXT, *_put_back(function), *end]
             with contextlib.suppress(OSError):  # the kernel does not let us
                 program = bpf.load(lines, self._flags | _FOR_DEVICE, self._ifindex)
                 self.has_tags = True
                 return program
         self.has_tags = False
-        return bpf.load([*begin, *end], self._flags, 0)
+        return bpf.load([_KEEP_CONTEXT, *end], self._flags, 0)
 
     def _why(self, error: OSError) -> tuple[str, str]:
         """What was found, and what to do."""
@@ -175,10 +178,6 @@ class Program:
 def function_for_tags() -> int:
     """Number of the kernel's function for VLAN tags, or 0; slow only the first time."""
     return bpf.function_id(_RX_VLAN_TAG)
-
-
-def _keep_context() -> Sequence[Line | str]:
-    return [(_MOVE_REGISTER, 6, 1, 0, 0)]
 
 
 def _put_back(function: int) -> Sequence[Line | str]:

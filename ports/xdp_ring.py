@@ -34,16 +34,9 @@ ADDRESS_LEN: Final = 8
 XDP_PKT_CONTD: Final = 1  # of the options: the next entry is of the same frame
 XDP_RING_NEED_WAKEUP: Final = 1
 
-CHUNKS: Final = (
-    2048  # to receive with; a power of two, as all rings have as many entries
-)
+# Powers of two, as the rings have as many entries.
+CHUNKS: Final = 2048  # to receive with
 TX_CHUNKS: Final = 1024
-RING_SIZES: Final = (
-    CHUNKS,
-    CHUNKS,
-    TX_CHUNKS,
-    TX_CHUNKS,
-)  # receive, fill, transmit, ...
 # Left free before a received frame by the kernel (XDP_PACKET_HEADROOM).
 HEADROOM: Final = 256
 # Most chunks of one frame: what is not in the first is in pages of a socket buffer
@@ -80,11 +73,9 @@ XSK: Final = np.dtype(
         # Written by the worker that polls, or by whoever holds the lock.
         ("fresh", "<i8"),  # next chunk that never was used
         ("taken", "<i8"),  # entries of the burst in hand
-        (
-            "next_sink",
-            "<i8",
-        ),  # where the sink's producer is when a batch has been moved
-        ("next_source", "<i8"),  # and the source's consumer
+        # Where the sink's producer is when a batch has been moved, and the others then.
+        ("next_sink", "<i8"),
+        ("next_source", "<i8"),  # the source's consumer
         ("next_fresh", "<i8"),
         ("data_pad", "<i8", (3,)),
     ]

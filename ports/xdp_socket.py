@@ -20,6 +20,7 @@ from typing import Final, NamedTuple
 
 import numpy as np
 
+from ports.packet_socket import set_send_buffer
 from ports.xdp_ring import (
     ADDRESS_LEN,
     CHUNKS,
@@ -41,7 +42,6 @@ _STATISTICS: Final = 7
 _OPTIONS: Final = 8
 _MAX_TX_BUDGET: Final = 9  # since Linux 6.17
 _OPTIONS_ZEROCOPY: Final = 1
-_SO_SNDBUFFORCE: Final = 32
 # As much as all our chunks can be in flight; the kernel counts what it allocates for one.
 _SEND_BUFFER: Final = TX_CHUNKS * 4 * PAGE
 
@@ -97,7 +97,9 @@ class Queue:
             self._make_memory()
             for ring in RINGS:
                 self._socket.setsockopt(_SOL_XDP, ring.option, ring.entries)
-            self._set_send_buffer()
+            set_send_buffer(self._socket, _SEND_BUFFER)
+            with contextlib.suppress(OSError):  # 32 frames a system call, then
+                self._socket.setsockopt(_SOL_XDP, _MAX_TX_BUDGET, TX_CHUNKS)
             got = self._socket.getsockopt(_SOL_XDP, _MMAP_OFFSETS, 16 * len(RINGS) * 2)
             words = struct.unpack("16Q", got)
             self._places = [_Places(*words[at : at + 4]) for at in range(0, 16, 4)]
@@ -188,14 +190,6 @@ class Queue:
         length = self._layout.length - CHUNKS_AT
         chunks = struct.pack("2Q2I", first, length, self._layout.chunk_len, 0)
         self._socket.setsockopt(_SOL_XDP, _UMEM_REG, chunks)
-
-    def _set_send_buffer(self) -> None:
-        try:
-            self._socket.setsockopt(socket.SOL_SOCKET, _SO_SNDBUFFORCE, _SEND_BUFFER)
-        except PermissionError:  # no CAP_NET_ADMIN: as much as everybody may have
-            self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _SEND_BUFFER)
-        with contextlib.suppress(OSError):  # 32 frames a system call, then
-            self._socket.setsockopt(_SOL_XDP, _MAX_TX_BUDGET, TX_CHUNKS)
 
     def _fill(self) -> None:
         """Give the kernel all chunks to receive into."""
