@@ -6,6 +6,7 @@ from bench.namespace import Namespace
 from tests import requirements
 from tests.netns.uplink import Bench
 from tests.switch import Switch, remove_directory, short_directory
+from tests.system.net import ALL_CPUS
 
 
 def quiet_namespace():
@@ -31,11 +32,29 @@ def other_namespace():
 
 
 @pytest.fixture(scope="module")
+def far():
+    """Where the other ends are."""
+    with quiet_namespace() as it:
+        yield it
+
+
+@pytest.fixture(scope="module")
 def switch(namespace):
     """A switch inside the namespace that the tests of a module share."""
     directory = short_directory()
     with Switch(directory, prefix=namespace.prefix) as it:
         it.wait_for_workers(1, 1)
+        yield it
+    remove_directory(directory)
+
+
+@pytest.fixture(scope="module")
+def two_workers(namespace):
+    """The same with two workers."""
+    directory = short_directory()
+    options = ("--workers", 2, "--cpus", ALL_CPUS)
+    with Switch(directory, *options, prefix=namespace.prefix) as it:
+        it.wait_for_workers(2, 1)
         yield it
     remove_directory(directory)
 
@@ -63,6 +82,16 @@ def bench(switch, namespace):
     with Bench(switch, namespace) as it:
         yield it
         it.check()
+
+
+@pytest.fixture
+def plugged(bench, far, kind):
+    """Plug in a port of the module's kind with a guest; it, and the far end's wire."""
+
+    def plug(name, **options):
+        return bench.plug(kind, name, far, **options)
+
+    return plug
 
 
 @pytest.fixture

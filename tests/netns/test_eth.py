@@ -7,179 +7,55 @@ import shlex
 import signal
 import socket
 import struct
-import subprocess
-import sys
-import threading
-import time
-from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
 import pytest
-from scapy.layers.inet import IP, TCP, UDP
+from scapy.layers.inet import IP, TCP
 from scapy.layers.l2 import Ether
 
 from ports import packet_socket
 from ports.base import PORT, RING, RING_RUNNING, RINGS_PER_PORT, RX
 from ports.eth import EthPort
 from ports.host import Mapping
-from tests.netns.conftest import quiet_namespace
+from tests.netns.checks import (
+    TAG,
+    assert_every_length_passes,
+    assert_passes_both_ways,
+    by_flow,
+    flows,
+    stopped,
+    vswitch,
+    wait_for_sleep,
+    without,
+    worker_frames,
+)
 from tests.netns.uplink import (
     GUEST_MAC,
     WIRE_MAC,
     frame,
-    number_of,
     numbered,
 )
 from tests.switch import (
     RefusedError,
-    Switch,
-    dropped,
-    remove_directory,
-    short_directory,
     wait_for,
 )
-from tests.system.net import ALL_CPUS, cpu_seconds
 from vswitch import shared
 from vswitch.guest import Shape
 
 pytestmark = pytest.mark.netns
 
 PIECES = Shape(pieces=5)
-BURST = 64
 SLOTS = 480  # of a ring
-# A worker that was not woken looks by itself after a second.
-WOKEN_S = 0.9
 TCPV4 = 1  # gso_type
-TAG = b"\x81\x00\xa1\x23"
-
-
-@pytest.fixture(scope="module")
-def far():
-    """Where the other ends are."""
-    with quiet_namespace() as it:
-        yield it
 
 
 @pytest.fixture
-def plugged(bench, far):
-    """An eth port with a guest; it, and the far end's wire."""
-
-    def plug(name, **options):
-        bench.cable(name, far)
-        bench.uplink("eth", name)
-        return bench.guest("vm", **options), bench.wire(name, far)
-
-    return plug
-
-
-def without(right):
-    """What to start a switch by that lacks a capability."""
-    return ("setpriv", f"--bounding-set=-{right}", f"--inh-caps=-{right}")
-
-
-def vswitch(switch, namespace, *arguments):
-    """Run the command inside; what it had to say beside its answer."""
-    command = [sys.executable, "-m", "vswitch.cli", "--run-dir", switch.run_dir]
-    return subprocess.run(
-        [*namespace.prefix, *command, *arguments],
-        check=True,
-        capture_output=True,
-        text=True,
-        timeout=30,
-    ).stderr
-
-
-def assert_passes_both_ways(guest, wire):
-    """One frame each way, after which both addresses are known."""
-    up, down = frame(WIRE_MAC, GUEST_MAC), frame(GUEST_MAC, WIRE_MAC)
-    guest.send_all(up)
-    assert wire.receive(1) == [up]
-    wire.send(down)
-    assert guest.receive(timeout=10) == [down]
-
-
-def wait_for_sleep(switch):
-    """The worker, which has given back all that it took."""
-    switch.wait_for(
-        lambda: switch.workers("active")[0]["state"] == "sleeping", "a worker's sleep"
-    )
-    return switch.workers("active")[0]
-
-
-def assert_every_length_passes(guest, wire, lengths):
-    for at in range(0, len(lengths), BURST):
-        part = lengths[at : at + BURST]
-        up = [frame(WIRE_MAC, GUEST_MAC, length, length) for length in part]
-        guest.send_all(up)
-        assert wire.receive(len(up)) == up
-        down = [frame(GUEST_MAC, WIRE_MAC, length, length) for length in part]
-        for one in down:
-            wire.send(one)
-        assert guest.receive(timeout=10, at_least=len(down)) == down
+def kind():
+    return "eth"
 
 
 # --- the interface's life ---
-
-
-def test_an_interface_is_used_and_stays_as_it_was(bench, switch, namespace, far):
-    bench.cable("life0", far)
-    guest, wire = bench.guest("vm"), bench.wire("life0", far)
-    before = namespace.link("life0")
-    for _ in range(3):
-        bench.uplink("eth", "life0")
-        assert namespace.link("life0")["promiscuity"] == 1
-        assert_passes_both_ways(guest, wire)
-        switch.ask("del_port", name="life0")
-        after = namespace.link("life0")
-        for counts in (before, after):
-            counts.pop("stats64", None)
-        assert after == before
-
-
-def test_an_interface_stays_as_it_was_when_the_switch_is_killed(
-    start, bench, namespace, far
-):
-    bench.cable("life1", far)
-    switch = start()
-    switch.add_port("life1", "eth:life1")
-    assert namespace.link("life1")["promiscuity"] == 1
-    switch.end(signal.SIGKILL)
-    wait_for(lambda: namespace.link("life1")["promiscuity"] == 0, "the workers' end")
-
-
-def test_the_link_is_followed_down_and_up(plugged, switch, namespace):
-    guest, wire = plugged("link0")
-    assert_passes_both_ways(guest, wire)
-    namespace.ip("link set link0 down")
-    port = switch.wait_for_port("link0", lambda port: port["state"] == "down")
-    assert port["reason"] == "interface link0 is down (ip link set link0 up)"
-    guest.send_all(numbered(WIRE_MAC, GUEST_MAC, 10))
-    guest.wait_sent()
-    wait_for(lambda: switch.counters("link0")["tx_drop_link_down"] == 10, "10 drops")
-    (worker,) = switch.workers("active")
-    before = cpu_seconds(worker["pid"])
-    time.sleep(1)  # what it uses in a second
-    assert cpu_seconds(worker["pid"]) - before < 0.2
-    namespace.ip("link set link0 up")
-    port = switch.wait_for_port("link0", lambda port: port["state"] == "up")
-    assert port["reason"] == "interface link0 is up"
-    assert_passes_both_ways(guest, wire)
-
-
-def test_the_carrier_is_followed(bench, plugged, switch, far):
-    guest, wire = plugged("link1")
-    assert_passes_both_ways(guest, wire)
-    far.ip("link set link1 down")
-    port = switch.wait_for_port("link1", lambda port: port["state"] == "down")
-    reason = (
-        "interface link1 is without a carrier (look at its cable, or set its peer up)"
-    )
-    assert port["reason"] == reason
-    far.ip("link set link1 up")
-    switch.wait_for_state("link1", "up")
-    # The socket heard that its interface went down.
-    assert_passes_both_ways(guest, bench.wire("link1", far))
 
 
 def test_an_interface_may_be_down_at_first(bench, switch, namespace, far):
@@ -207,67 +83,12 @@ def test_the_interface_s_mtu_is_followed(plugged, switch, namespace, far):
     assert switch.port("mtu0")["state"] == "up"
 
 
-class Traffic:
-    """Frames back and forth in a thread, as long as the `with` lasts."""
-
-    def __init__(self, guest):
-        self._guest, self._stop = guest, threading.Event()
-        self._thread = threading.Thread(target=self._run)
-
-    def _run(self):
-        while not self._stop.is_set():
-            self._guest.send_all(frame(WIRE_MAC, GUEST_MAC))
-            self._guest.wait_sent()
-
-    def __enter__(self):
-        self._thread.start()
-
-    def __exit__(self, *_):
-        self._stop.set()
-        self._thread.join()
-
-
-def test_an_interface_is_deleted_and_made_again_under_traffic(
-    bench, plugged, switch, namespace, far
-):
-    guest, wire = plugged("again0")
-    assert_passes_both_ways(guest, wire)
-    reason = "interface again0 is gone (it may return)"
-    with Traffic(guest):
-        for _ in range(3):
-            namespace.ip("link delete again0")
-            switch.wait_for_port("again0", lambda p: p["reason"] == reason)
-            far_end = f"name again0 netns {far.pid}"
-            namespace.ip(f"link add again0 type veth peer {far_end}")
-            for end in (namespace, far):
-                end.ip("link set again0 up")
-            switch.wait_for_state("again0", "up")
-            assert len(bench.wire("again0", far).receive(10)) == 10
-    guest.wait_sent()
-    assert guest.receive(timeout=0, at_least=0) == []
-    assert_passes_both_ways(guest, bench.wire("again0", far))
-    assert namespace.link("again0")["promiscuity"] == 1
-
-
 def test_a_port_whose_interface_is_gone_can_be_removed(plugged, switch, namespace):
     plugged("lost0")
     namespace.ip("link delete lost0")
     switch.wait_for_port("lost0", lambda port: "is gone" in port["reason"])
     switch.ask("del_port", name="lost0")
     assert "lost0" not in [port["name"] for port in switch.ask("show")["ports"]]
-
-
-def test_an_interface_may_move_away_and_back(
-    bench, plugged, switch, namespace, far, other_namespace
-):
-    guest, wire = plugged("move0")
-    namespace.ip(f"link set move0 netns {other_namespace.pid}")
-    reason = "interface move0 is in another network namespace (it may return)"
-    switch.wait_for_port("move0", lambda port: port["reason"] == reason)
-    other_namespace.ip(f"link set move0 netns {namespace.pid}")
-    namespace.ip("link set move0 up")
-    switch.wait_for_state("move0", "up")
-    assert_passes_both_ways(guest, wire)
 
 
 # --- what cannot be used ---
@@ -282,11 +103,6 @@ def assert_refused(switch, name, text):
 def test_an_interface_that_is_not_there_is_refused(switch):
     text = "cannot use interface odd0: there is none (choose one of: ip link show)"
     assert_refused(switch, "odd0", text)
-
-
-def test_the_loopback_is_refused(switch):
-    text = "cannot use interface lo: it is not Ethernet: it is the loopback"
-    assert_refused(switch, "lo", f"{text} (choose another)")
 
 
 def test_an_interface_without_ethernet_is_refused(bench, switch):
@@ -401,22 +217,7 @@ def test_addresses_are_warned_of_and_the_commands_move_them(
         switch.ask("del_port", name=name)
 
 
-def test_an_interface_without_addresses_is_not_warned_of(bench, far):
-    bench.cable("addr1", far)
-    assert bench.uplink("eth", "addr1")["warnings"] == []
-
-
 # --- frames ---
-
-
-def test_frames_of_every_length_pass_unharmed(plugged, switch):
-    guest, wire = plugged("size0")
-    lengths = range(14, 1515)
-    assert_every_length_passes(guest, wire, lengths)
-    counted = switch.counters("size0")
-    assert counted["rx_frames"] == counted["tx_frames"] == len(lengths)
-    assert counted["rx_bytes"] == counted["tx_bytes"] == sum(lengths)
-    assert dropped(counted, "rx") == dropped(counted, "tx") == 0
 
 
 def test_frames_in_many_pieces_pass_unharmed(plugged):
@@ -491,122 +292,16 @@ def test_what_finds_the_ring_full_is_counted(plugged, switch):
     guest, wire = plugged("full0")
     assert_passes_both_ways(guest, wire)
     worker = wait_for_sleep(switch)
-    os.kill(worker["pid"], signal.SIGSTOP)
-    try:
+    with stopped(worker["pid"]):
         for one in numbered(GUEST_MAC, WIRE_MAC, SLOTS + 100):
             wire.send(one)
-    finally:
-        os.kill(worker["pid"], signal.SIGCONT)
     arrived = guest.receive(timeout=10, at_least=SLOTS, max_frames=1000)
     assert arrived == numbered(GUEST_MAC, WIRE_MAC, SLOTS)
     wait_for(lambda: switch.counters("full0")["rx_missed"] == 100, "what is missing")
     assert_passes_both_ways(guest, wire)
 
 
-# --- sleep and death ---
-
-
-def test_a_frame_wakes_a_worker_that_sleeps(plugged, switch):
-    guest, wire = plugged("wake0")
-    assert_passes_both_ways(guest, wire)
-    for _ in range(30):
-        wait_for_sleep(switch)
-        begin = time.monotonic()
-        down = frame(GUEST_MAC, WIRE_MAC)
-        wire.send(down)
-        assert guest.receive(timeout=10) == [down]
-        assert time.monotonic() - begin < WOKEN_S
-
-
-def send_and_kill(send, frames, switch):
-    """Send at a pace at which a ring holds what comes while there is no worker."""
-    (worker,) = switch.workers("active")
-    for number, one in enumerate(frames):
-        send(one)
-        if number == len(frames) // 2:
-            os.kill(worker["pid"], signal.SIGKILL)
-        time.sleep(0.0003)
-
-
-def assert_a_burst_at_most(numbers, sent, counted):
-    """A death costs a burst, or brings it twice; nothing else changes places."""
-    lost = sent - len(set(numbers)) - counted
-    again = len(numbers) - len(set(numbers))
-    assert 0 <= lost + again <= BURST, (lost, again)
-    steps = [after - before for before, after in pairwise(numbers)]
-    assert sum(step <= 0 for step in steps) <= 1
-    assert min(steps) > -BURST
-
-
-@pytest.mark.parametrize("inward", [True, False], ids=["in", "out"])
-def test_a_worker_s_death_costs_a_burst_at_most(start, make_bench, far, inward):
-    switch = start()
-    bench = make_bench(switch)
-    bench.cable("heir0", far)
-    bench.uplink("eth", "heir0")
-    guest, wire = bench.guest("vm"), bench.wire("heir0", far)
-    sent = 1000
-    for _ in range(2):
-        switch.wait_for_workers(1, 1)
-        assert_passes_both_ways(guest, wire)
-        before = [switch.counters(name) for name in ("heir0", "vm")]
-        ends = (GUEST_MAC, WIRE_MAC) if inward else (WIRE_MAC, GUEST_MAC)
-        send = wire.send if inward else guest.send_all
-        frames = numbered(*ends, sent)
-        thread = threading.Thread(target=send_and_kill, args=(send, frames, switch))
-        thread.start()
-        if inward:
-            numbers = []
-            while numbers[-1:] != [sent - 1]:
-                came = guest.receive(timeout=20, max_frames=BURST)
-                numbers += [number_of(one) for one in came]
-        else:
-            numbers = wire.receive_until(sent - 1)
-        thread.join()
-        after = [switch.counters(name) for name in ("heir0", "vm")]
-        counted = sum(
-            new["rx_missed"]
-            + dropped(new, "tx")
-            - old["rx_missed"]
-            - dropped(old, "tx")
-            for old, new in zip(before, after, strict=True)
-        )
-        assert_a_burst_at_most(numbers, sent, counted)
-        guest.wait_sent()
-
-
 # --- several workers ---
-
-
-def flows(dst, src, count, each):
-    """UDP datagrams of `count` flows, each numbered by its first bytes, taken in turn."""
-    for number in range(each):
-        for flow in range(count):
-            head = IP(src="10.78.0.1", dst="10.78.0.2") / UDP(sport=flow + 1, dport=9)
-            data = flow.to_bytes(2, "big") + number.to_bytes(4, "big")
-            yield bytes(Ether(dst=dst, src=src) / head / data)
-
-
-def by_flow(frames):
-    """The numbers of each flow, in the order in which they came."""
-    numbers = {}
-    for one in frames:
-        flow, number = (
-            int.from_bytes(one[42:44], "big"),
-            int.from_bytes(one[44:48], "big"),
-        )
-        numbers.setdefault(flow, []).append(number)
-    return numbers
-
-
-@pytest.fixture(scope="module")
-def two_workers(namespace):
-    directory = short_directory()
-    options = ("--workers", 2, "--cpus", ALL_CPUS)
-    with Switch(directory, *options, prefix=namespace.prefix) as it:
-        it.wait_for_workers(2, 1)
-        yield it
-    remove_directory(directory)
 
 
 def owners(switch):
@@ -639,12 +334,6 @@ def test_flows_are_spread_over_workers_and_stay_in_order(two_workers, make_bench
     assert by_flow(came) == by_flow(sent)
     counted = two_workers.counters("fan0")
     assert (counted["rx_frames"], counted["tx_frames"]) == (401, 401)
-
-
-def worker_frames(switch):
-    switch.wait_for_workers(2, 1)
-    stats = switch.ask("stats")["workers"]
-    return {w["id"]: stats[str(w["id"])]["frames"] for w in switch.workers("active")}
 
 
 def test_flows_stay_spread_while_an_interface_goes_down_and_up(

@@ -11,6 +11,12 @@ import time
 
 import pytest
 
+from tests.netns.checks import (
+    WOKEN_S,
+    assert_at_rest,
+    assert_passes_both_ways,
+    without,
+)
 from tests.netns.uplink import (
     GUEST_MAC,
     TAP,
@@ -22,7 +28,6 @@ from tests.netns.uplink import (
     numbered,
 )
 from tests.switch import RefusedError, dropped, wait_for
-from tests.system.net import cpu_seconds
 from vswitch.guest import Shape, netstack
 from vswitch.guest.netstack import NetStack
 
@@ -33,17 +38,6 @@ EDGES = 10_000
 EDGES_AT_ONCE = (1,) * 30 + (2, 3, 80)
 PIECES = Shape(pieces=5)
 # A worker that was not woken looks by itself after a second.
-WOKEN_S = 0.9
-WITHOUT_RIGHTS = ("setpriv", "--bounding-set=-net_admin", "--inh-caps=-net_admin")
-
-
-def assert_passes_both_ways(guest, wire):
-    """One frame each way, after which both addresses are known."""
-    up, down = frame(WIRE_MAC, GUEST_MAC), frame(GUEST_MAC, WIRE_MAC)
-    guest.send_all(up)
-    assert wire.receive(1) == [up]
-    wire.send(down)
-    assert guest.receive(timeout=10) == [down]
 
 
 # --- the interface's life ---
@@ -139,10 +133,7 @@ def test_an_interface_that_is_deleted_leaves_a_port_that_is_down(
     guest.send_all(numbered(WIRE_MAC, GUEST_MAC, 10))
     guest.wait_sent()
     wait_for(lambda: switch.counters("lost0")["tx_drop_link_down"] == 10, "10 drops")
-    (worker,) = switch.workers("active")
-    before = cpu_seconds(worker["pid"])
-    time.sleep(1)  # what it uses in a second
-    assert cpu_seconds(worker["pid"]) - before < 0.2
+    worker = assert_at_rest(switch)
     switch.ask("del_port", name="lost0")
     bench.tap("lost0")
     assert_passes_both_ways(guest, bench.wire("lost0"))
@@ -209,7 +200,7 @@ def test_a_name_that_no_interface_can_have_is_refused(switch, namespace, name, t
 def test_without_the_right_only_taps_that_are_ready_can_be_used(
     start, make_bench, namespace
 ):
-    switch = start(prefix=WITHOUT_RIGHTS)
+    switch = start(prefix=without("net_admin"))
     bench = make_bench(switch)
     text = "cannot make tap right0: EPERM: we have no CAP_NET_ADMIN"
     with pytest.raises(RefusedError, match=text):

@@ -1,118 +1,42 @@
 """Interfaces as uplinks by AF_XDP: one end of a veth, whose other end is elsewhere."""
 
-import json
-import os
 import re
-import signal
-import threading
-import time
 from contextlib import contextmanager
-from pathlib import Path
 
 import pytest
 
 from ports import bpf, ethtool, xdp_program
 from ports.errors import PortError
 from ports.xdp_ring import CHUNKS
-from tests.netns.conftest import quiet_namespace
-from tests.netns.test_eth import (
+from tests.netns.checks import (
     TAG,
-    WOKEN_S,
-    Traffic,
-    assert_a_burst_at_most,
     assert_every_length_passes,
     assert_passes_both_ways,
     by_flow,
     flows,
-    send_and_kill,
+    program,
+    stopped,
     vswitch,
     wait_for_sleep,
     without,
     worker_frames,
 )
-from tests.netns.uplink import GUEST_MAC, WIRE_MAC, frame, number_of, numbered
+from tests.netns.uplink import GUEST_MAC, WIRE_MAC, frame, numbered
 from tests.switch import (
     RefusedError,
-    Switch,
     dropped,
-    remove_directory,
-    short_directory,
     wait_for,
 )
-from tests.system.net import ALL_CPUS, cpu_seconds
 
 pytestmark = pytest.mark.netns
 
 
-@pytest.fixture(scope="module")
-def far():
-    """Where the other ends are."""
-    with quiet_namespace() as it:
-        yield it
-
-
 @pytest.fixture
-def plugged(bench, far):
-    """An xdp port with a guest; it, and the far end's wire."""
-
-    def plug(name, **options):
-        bench.cable(name, far)
-        bench.uplink("xdp", name)
-        return bench.guest("vm", **options), bench.wire(name, far)
-
-    return plug
-
-
-@contextmanager
-def stopped(pid):
-    """A process that does nothing meanwhile."""
-    os.kill(pid, signal.SIGSTOP)
-    try:
-        wait_for(lambda: cpu_state(pid) == "T", "its stop")
-        yield
-    finally:
-        os.kill(pid, signal.SIGCONT)
-
-
-def cpu_state(pid):
-    return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
-
-
-def program(namespace, name):
-    """The XDP program that an interface runs, or None."""
-    links = json.loads(namespace.ip("-json link show"))
-    return next(link.get("xdp") for link in links if link["ifname"] == name)
+def kind():
+    return "xdp"
 
 
 # --- the interface's life ---
-
-
-def test_an_interface_is_used_and_stays_as_it_was(bench, switch, namespace, far):
-    bench.cable("life0", far)
-    before = namespace.link("life0")
-    for _ in range(3):
-        bench.uplink("xdp", "life0")
-        assert namespace.link("life0")["promiscuity"] == 1
-        assert program(namespace, "life0")
-        assert_passes_both_ways(bench.guest("vm"), bench.wire("life0", far))
-        for name in ("life0", "vm"):
-            switch.ask("del_port", name=name)
-        after = namespace.link("life0")
-        for counts in (before, after):
-            counts.pop("stats64", None)
-        assert after == before
-
-
-def test_an_interface_stays_as_it_was_when_the_switch_is_killed(
-    start, bench, namespace, far
-):
-    bench.cable("life1", far)
-    switch = start()
-    switch.add_port("life1", "xdp:life1")
-    assert program(namespace, "life1")
-    switch.end(signal.SIGKILL)
-    wait_for(lambda: not program(namespace, "life1"), "the program's end")
-    wait_for(lambda: namespace.link("life1")["promiscuity"] == 0, "the workers' end")
 
 
 def test_it_is_shown_how_frames_come_and_go(bench, switch, far):
@@ -122,73 +46,6 @@ def test_it_is_shown_how_frames_come_and_go(bench, switch, far):
     assert port["reason"] == "interface show0 is up (native XDP, copy mode)"
     assert port["features"] == ["native", "copy", "vlan-tags"]
     assert port["queues"] == {"enabled": 1, "max": 1}
-
-
-def test_the_link_is_followed_down_and_up(plugged, switch, namespace):
-    guest, wire = plugged("link0")
-    assert_passes_both_ways(guest, wire)
-    namespace.ip("link set link0 down")
-    port = switch.wait_for_port("link0", lambda port: port["state"] == "down")
-    assert port["reason"] == "interface link0 is down (ip link set link0 up)"
-    guest.send_all(numbered(WIRE_MAC, GUEST_MAC, 10))
-    guest.wait_sent()
-    wait_for(lambda: switch.counters("link0")["tx_drop_link_down"] == 10, "10 drops")
-    (worker,) = switch.workers("active")
-    before = cpu_seconds(worker["pid"])
-    time.sleep(1)  # what it uses in a second
-    assert cpu_seconds(worker["pid"]) - before < 0.2
-    namespace.ip("link set link0 up")
-    switch.wait_for_state("link0", "up")
-    assert_passes_both_ways(guest, wire)
-
-
-def test_the_carrier_is_followed(bench, plugged, switch, far):
-    guest, wire = plugged("link1")
-    assert_passes_both_ways(guest, wire)
-    far.ip("link set link1 down")
-    port = switch.wait_for_port("link1", lambda port: port["state"] == "down")
-    assert "without a carrier" in port["reason"]
-    guest.send_all(frame(WIRE_MAC, GUEST_MAC))
-    wait_for(lambda: switch.counters("link1")["tx_drop_link_down"] == 1, "a drop")
-    far.ip("link set link1 up")
-    switch.wait_for_state("link1", "up")
-    assert_passes_both_ways(guest, bench.wire("link1", far))
-
-
-def test_an_interface_is_deleted_and_made_again_under_traffic(
-    bench, plugged, switch, namespace, far
-):
-    guest, wire = plugged("again0")
-    assert_passes_both_ways(guest, wire)
-    reason = "interface again0 is gone (it may return)"
-    with Traffic(guest):
-        for _ in range(3):
-            namespace.ip("link delete again0")
-            switch.wait_for_port("again0", lambda p: p["reason"] == reason)
-            far_end = f"name again0 netns {far.pid}"
-            namespace.ip(f"link add again0 type veth peer {far_end}")
-            for end in (namespace, far):
-                end.ip("link set again0 up")
-            switch.wait_for_state("again0", "up")
-            assert len(bench.wire("again0", far).receive(10)) == 10
-    guest.wait_sent()
-    assert_passes_both_ways(guest, bench.wire("again0", far))
-    assert program(namespace, "again0")
-
-
-def test_an_interface_may_move_away_and_back(
-    bench, plugged, switch, namespace, far, other_namespace
-):
-    guest, wire = plugged("move0")
-    assert_passes_both_ways(guest, wire)
-    namespace.ip(f"link set move0 netns {other_namespace.pid}")
-    reason = "interface move0 is in another network namespace (it may return)"
-    switch.wait_for_port("move0", lambda port: port["reason"] == reason)
-    wait_for(lambda: not program(other_namespace, "move0"), "the program's end")
-    other_namespace.ip(f"link set move0 netns {namespace.pid}")
-    namespace.ip("link set move0 up")
-    switch.wait_for_state("move0", "up")
-    assert_passes_both_ways(guest, bench.wire("move0", far))
 
 
 def test_an_interface_may_be_renamed(bench, plugged, switch, namespace, far):
@@ -232,16 +89,6 @@ def many_queues(bench, namespace, far, name, rx, tx, far_rx, far_tx):
     bench.interface(name, f"link add {name} {here} type veth peer {peer}")
     for end in (namespace, far):
         end.ip(f"link set {name} up")
-
-
-@pytest.fixture(scope="module")
-def two_workers(namespace):
-    directory = short_directory()
-    options = ("--workers", 2, "--cpus", ALL_CPUS)
-    with Switch(directory, *options, prefix=namespace.prefix) as it:
-        it.wait_for_workers(2, 1)
-        yield it
-    remove_directory(directory)
 
 
 def used_queues(namespace, name):
@@ -351,10 +198,6 @@ def test_what_cannot_be_used_is_refused_and_eth_named(
     assert_refused(switch, "odd0", f"port odd: cannot use interface odd0.*: {text}")
 
 
-def test_the_loopback_is_refused(switch):
-    assert_refused(switch, "lo", "it is not Ethernet: it is the loopback")
-
-
 @pytest.mark.parametrize(
     ("set_up", "text"),
     [
@@ -416,21 +259,9 @@ def test_addresses_are_warned_of(bench, switch, namespace, far):
         " machine (move to a tap port: vswitch add-port tap:addr0-host; "
     )
     switch.ask("del_port", name="addr0")
-    bench.cable("addr1", far)
-    assert bench.uplink("xdp", "addr1")["warnings"] == []
 
 
 # --- frames ---
-
-
-def test_frames_of_every_length_pass_unharmed(plugged, switch):
-    guest, wire = plugged("size0")
-    lengths = range(14, 1515)
-    assert_every_length_passes(guest, wire, lengths)
-    counted = switch.counters("size0")
-    assert counted["rx_frames"] == counted["tx_frames"] == len(lengths)
-    assert counted["rx_bytes"] == counted["tx_bytes"] == sum(lengths)
-    assert dropped(counted, "rx") == dropped(counted, "tx") == 0
 
 
 def test_tags_pass_wherever_they_are(bench, plugged, switch, far):
@@ -487,58 +318,6 @@ def test_what_the_device_refuses_is_counted(plugged, switch, far):
         guest.wait_sent()
     counted = switch.counters("full1")
     assert (counted["tx_frames"], counted["tx_drop_ring_full"]) == (1, 100)
-
-
-# --- sleep and death ---
-
-
-def test_a_frame_wakes_a_worker_that_sleeps(plugged, switch):
-    guest, wire = plugged("wake0")
-    assert_passes_both_ways(guest, wire)
-    for _ in range(30):
-        wait_for_sleep(switch)
-        begin = time.monotonic()
-        down = frame(GUEST_MAC, WIRE_MAC)
-        wire.send(down)
-        assert guest.receive(timeout=10) == [down]
-        assert time.monotonic() - begin < WOKEN_S
-
-
-@pytest.mark.parametrize("inward", [True, False], ids=["in", "out"])
-def test_a_worker_s_death_costs_a_burst_at_most(start, make_bench, far, inward):
-    switch = start()
-    bench = make_bench(switch)
-    bench.cable("heir0", far)
-    bench.uplink("xdp", "heir0")
-    guest, wire = bench.guest("vm"), bench.wire("heir0", far)
-    sent = 1000
-    for _ in range(2):
-        switch.wait_for_workers(1, 1)
-        assert_passes_both_ways(guest, wire)
-        before = [switch.counters(name) for name in ("heir0", "vm")]
-        ends = (GUEST_MAC, WIRE_MAC) if inward else (WIRE_MAC, GUEST_MAC)
-        send = wire.send if inward else guest.send_all
-        frames = numbered(*ends, sent)
-        thread = threading.Thread(target=send_and_kill, args=(send, frames, switch))
-        thread.start()
-        if inward:
-            numbers = []
-            while numbers[-1:] != [sent - 1]:
-                came = guest.receive(timeout=20, max_frames=64)
-                numbers += [number_of(one) for one in came]
-        else:
-            numbers = wire.receive_until(sent - 1)
-        thread.join()
-        after = [switch.counters(name) for name in ("heir0", "vm")]
-        counted = sum(
-            new["rx_missed"]
-            + dropped(new, "tx")
-            - old["rx_missed"]
-            - dropped(old, "tx")
-            for old, new in zip(before, after, strict=True)
-        )
-        assert_a_burst_at_most(numbers, sent, counted)
-        guest.wait_sent()
 
 
 # --- kernels that know less, drivers that do more ---

@@ -60,6 +60,12 @@ class Bench:
         for namespace in (self.namespace, far):
             namespace.ip(f"link set {name} up")
 
+    def plug(self, kind, name, far, **options):
+        """A port on a cable, and a guest with options; it, and the far end's wire."""
+        self.cable(name, far)
+        self.uplink(kind, name)
+        return self.guest("vm", **options), self.wire(name, far)
+
     def unplug(self, name):
         """Remove a port, if the switch and the port are there."""
         with suppress(RefusedError, OSError):
