@@ -83,8 +83,11 @@ def test_all_workers_can_be_killed_at_once_under_traffic(own_net, workers):
             flow.wait_for_more(net.switch)
         totals = flow.stop()
     assert totals.foreign == totals.corrupt == 0
-    assert net.switch.counters("r")["tx_drop_lock_busy"] == 0
-    exchange_both_ways(senders[0], receiver)
+    # Between the deaths a worker may have waited in vain for one that had no CPU.
+    busy = net.switch.counters("r")["tx_drop_lock_busy"]
+    for sender in senders:
+        exchange_both_ways(sender, receiver)
+    assert net.switch.counters("r")["tx_drop_lock_busy"] == busy
 
 
 def test_locks_of_the_dead_are_freed_even_when_their_heirs_die_with_them(own_net):
