@@ -41,8 +41,25 @@ _njit = njit(cache=True, nogil=True, error_model="numpy")
 def jit(function: _Function) -> _Function:
     """Compile a function of the data path at its first call."""
     compiled = _njit(function)
+    if not numba.config.DISABLE_JIT:
+        _without_literals(compiled)
     _jitted.append(compiled)
     return cast("_Function", compiled)
+
+
+def _without_literals(compiled: Any) -> None:
+    """Let callers see one version for all integers.
+
+    A variable that begins as a constant has the type of that constant at first, so
+    Numba would compile what is called with it twice, and use one of them.
+    """
+    resolve = compiled.get_call_template
+
+    def without(args: Any, kws: Any) -> Any:
+        named = {name: types.unliteral(kind) for name, kind in kws.items()}
+        return resolve([types.unliteral(kind) for kind in args], named)
+
+    compiled.get_call_template = without
 
 
 def jit_progress() -> tuple[int, int]:
