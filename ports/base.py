@@ -25,7 +25,7 @@ KIND_XDP: Final = 4
 
 # Ring n of a port is virtqueue n of its device (virtio 1.2 §5.1.2): even ones are the
 # guest's receive queues, which we transmit into; odd ones its transmit queues, which we
-# receive from. A tap or an interface has one pair in the same places.
+# receive from. A tap or an interface has a pair for each worker in the same places.
 TX: Final = 0
 RX: Final = 1
 
@@ -59,8 +59,8 @@ RING: Final = np.dtype(
         ("desc", "<i8"),
         ("avail", "<i8"),
         ("used", "<i8"),
-        # What a sleeping worker waits for; the tap or packet socket itself for those. A
-        # packet socket is what we transmit into as well.
+        # What a sleeping worker waits for; the tap's queue or packet socket itself for
+        # those, which is what we transmit into as well.
         ("kick_fd", "<i8"),
         ("call_fd", "<i8"),
         ("err_fd", "<i8"),
@@ -98,7 +98,6 @@ PORT: Final = np.dtype(
         ("up", "<i8"),  # 1: takes part in forwarding
         ("pairs", "<i8"),  # enabled queue pairs that we may transmit into
         ("regions", "<i8"),  # first row in REGION << 8 | number of rows, one store
-        ("fd", "<i8"),  # tap fd, NO_FD for others
         ("max_frame", "<i8"),  # longest frame we may transmit, bytes
         ("max_addresses", "<i8"),
         ("offloads", "<i8"),  # F_GUEST_* that the receiver behind the port takes
@@ -106,6 +105,6 @@ PORT: Final = np.dtype(
         ("addresses", "<i8"),  # learned addresses behind this port
         # Written by the manager: frames that the kernel had no room for.
         ("missed", "<i8"),
-        ("data_pad", "<i8", (6,)),
+        ("data_pad", "<i8", (7,)),
     ]
 )

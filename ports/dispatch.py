@@ -43,7 +43,7 @@ def receive(ring: Record, port: Record, ctx: Record, tally: Record) -> int:
     if int(port["kind"]) == KIND_VHOST_USER:
         return virtqueue.take(ring, port, ctx, tally)
     if int(port["kind"]) == KIND_TAP:
-        return tap_data.receive(port, ctx)
+        return tap_data.receive(ring, ctx)
     if int(port["kind"]) == KIND_ETH:
         return eth_data.receive(ring, ctx)
     if int(port["kind"]) == KIND_XDP:
@@ -173,9 +173,10 @@ def _transmit_run(
     ctx: Record, port: Record, egress: int, worker: int, n: int, tally: Record
 ) -> int:
     """Send the `n` picked frames as they are."""
-    if int(port["kind"]) == KIND_TAP:
-        return tap_data.transmit(port, ctx, n, tally)
     first = egress * RINGS_PER_PORT + TX
+    if int(port["kind"]) == KIND_TAP:
+        ring = _own_ring(ctx, first, port, worker)
+        return tap_data.transmit(ring, port, ctx, n, tally)
     if int(port["kind"]) == KIND_ETH:
         pair = worker % int(port["pairs"])
         ring = ring_at(int(ctx["rings"]), first + 2 * pair)
@@ -183,6 +184,22 @@ def _transmit_run(
     if int(port["pairs"]) <= 1:
         return _transmit_ring(ctx, first, port, worker, n, tally)
     return _transmit_spread(ctx, first, port, worker, n, tally)
+
+
+@jit
+def _own_ring(ctx: Record, first: int, port: Record, worker: int) -> Record:
+    """The transmit ring of the pair that this worker serves, or else one that it may use.
+
+    `first` is the ring of the port's first queue pair.
+    """
+    pairs = int(port["pairs"])
+    own = worker % pairs
+    for pair in range(pairs):
+        ring = ring_at(int(ctx["rings"]), first + 2 * pair)
+        if int(ring["owner"]) == worker:
+            own = pair
+            break
+    return ring_at(int(ctx["rings"]), first + 2 * own)
 
 
 @jit

@@ -1,5 +1,7 @@
 """Data half of a tap port: one system call a frame, straight from the guest's buffer.
 
+Both rings of a queue pair hold the tap's descriptor for that queue in `kick_fd`.
+
 Received frames lie in the worker's own slots; transmitted ones are handed to the kernel
 as the pieces they are in, so the kernel's copy is the only one. A virtio-net header comes
 and goes with each, as with a guest: the kernel begins checksums and sends super-frames,
@@ -10,7 +12,6 @@ import errno
 from typing import Final
 
 from ports import gathered, offload
-from ports.base import NO_FD
 from ports.burst import (
     BURST_SIZE,
     MIN_FRAME,
@@ -28,11 +29,9 @@ _ENOBUFS: Final = errno.ENOBUFS
 
 
 @jit
-def receive(port: Record, ctx: Record) -> int:
+def receive(ring: Record, ctx: Record) -> int:
     """Read up to a burst of frames; return how many. Errors end the burst."""
-    fd = int(port["fd"])
-    if fd == NO_FD:
-        return 0
+    fd = int(ring["kick_fd"])
     slots = int(ctx["tap_slots"])
     for i in range(BURST_SIZE):
         addr = slots + i * TAP_SLOT
@@ -50,12 +49,12 @@ def receive(port: Record, ctx: Record) -> int:
 
 
 @jit
-def transmit(port: Record, ctx: Record, n: int, tally: Record) -> int:
+def transmit(ring: Record, port: Record, ctx: Record, n: int, tally: Record) -> int:
     """Write the `n` picked frames; return how many the kernel took.
 
     A full queue and a link that is down are counted apart.
     """
-    fd = int(port["fd"])
+    fd = int(ring["kick_fd"])
     max_frame = int(port["max_frame"])
     arrived = 0
     for k in range(n):

@@ -216,7 +216,6 @@ class PortBook:
     def _clear(self, slot: int) -> None:
         """Wipe a slot that no worker uses."""
         self._shared.ports[slot] = 0
-        self._shared.ports[slot]["fd"] = NO_FD
         self._shared.counters[:, slot] = 0
         rings = self._shared.rings[slot * RINGS_PER_PORT : (slot + 1) * RINGS_PER_PORT]
         rings[:] = 0

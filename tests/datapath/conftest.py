@@ -7,7 +7,6 @@ import pytest
 
 from ports.base import (
     MAX_PORTS,
-    NO_FD,
     PORT,
     REDO,
     REDO_ROWS,
@@ -59,7 +58,6 @@ def make_shared():
     header["port_slots"] = 8
     for slot in range(8):
         port = shared.ports[slot]
-        port["fd"] = NO_FD
         port["max_addresses"] = 16384
         port["max_frame"] = 65553
     return shared

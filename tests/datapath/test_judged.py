@@ -25,8 +25,8 @@ def test_addresses_that_change_after_the_decision_are_not_delivered(bench, to, c
     a.tx.offer(0)
     ends = os.pipe2(os.O_DIRECT | os.O_NONBLOCK)
     if to == "tap":
-        port = bench.plane.shared.ports[B]
-        port["kind"], port["fd"] = KIND_TAP, ends[1]
+        bench.plane.shared.ports[B]["kind"] = KIND_TAP
+        b.rx.record["kick_fd"] = ends[1]
     else:
         b.post(4, length=2048 if to == "split" else 100)
     loop.start_rings(bench.plane.ctx, 0)

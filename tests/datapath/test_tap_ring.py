@@ -11,7 +11,7 @@ import pytest
 from scapy.layers.inet import TCP
 from scapy.layers.l2 import Ether
 
-from ports.base import KIND_TAP, RING_RUNNING, RINGS_PER_PORT
+from ports.base import KIND_TAP, RING_RUNNING, RINGS_PER_PORT, RX
 from ports.vhost.features import RECEIVER, SENDER
 from tests.datapath.bench import A, B
 from tests.datapath.rings import DEFAULT, GPA, NEXT, frame_to, mac
@@ -29,22 +29,34 @@ HEADER = bytes(12)
 
 
 @pytest.fixture
-def pipe():
-    ends = list(os.pipe2(os.O_DIRECT | os.O_NONBLOCK))
-    yield ends
+def make_pipe():
+    ends = []
+
+    def make():
+        ends.extend(os.pipe2(os.O_DIRECT | os.O_NONBLOCK))
+        return ends[-2:]
+
+    yield make
     for end in ends:
         os.close(end)
 
 
-def tap(bench, fd):
-    """Make port TAP a tap that is up."""
+@pytest.fixture
+def pipe(make_pipe):
+    return make_pipe()
+
+
+def tap(bench, *fds):
+    """Make port TAP a tap that is up, a queue for each worker from the first on."""
     port = bench.plane.shared.ports[TAP]
     port["offloads"] = RECEIVER
-    port["kind"], port["fd"], port["up"], port["pairs"] = KIND_TAP, fd, 1, 1
-    ring = bench.plane.shared.rings[TAP * RINGS_PER_PORT + 1]
-    ring["state"], ring["port"], ring["enabled"] = RING_RUNNING, TAP, 1
-    ring["header_len"], ring["features"] = len(HEADER), SENDER
-    return port
+    port["kind"], port["up"], port["pairs"] = KIND_TAP, 1, len(fds)
+    first = TAP * RINGS_PER_PORT
+    for pair, fd in enumerate(fds):
+        for ring in bench.plane.shared.rings[first + 2 * pair :][:2]:
+            ring["state"], ring["port"], ring["enabled"] = RING_RUNNING, TAP, 1
+            ring["owner"], ring["kick_fd"] = pair, fd
+            ring["header_len"], ring["features"] = len(HEADER), SENDER
 
 
 def test_frames_come_in_one_by_one(bench, pair, pipe):
@@ -77,6 +89,22 @@ def test_a_frame_goes_out_as_it_is(bench, pair, pipe):
     bench.turn()
     assert os.read(pipe[0], 4096) == HEADER + frame
     assert bench.tally(TAP) == {"tx_frames": 1, "tx_bytes": 300}
+
+
+@pytest.mark.parametrize("worker", [0, 1, 2, 3])
+def test_a_worker_transmits_by_its_own_queue_or_any(bench, make_pipe, worker):
+    """Those with the first numbers have one each."""
+    pipes = [make_pipe(), make_pipe()]
+    tap(bench, *(write for _, write in pipes))
+    a = bench.guest(A)
+    bench.plane.shared.rings[A * RINGS_PER_PORT + RX]["owner"] = worker
+    frame = frame_to(9, A)
+    a.send(frame)
+    bench.turn(worker=worker)
+    used, unused = pipes if worker in {0, 2} else pipes[::-1]
+    assert os.read(used[0], 4096) == HEADER + frame
+    with pytest.raises(BlockingIOError):
+        os.read(unused[0], 4096)
 
 
 def test_a_frame_in_pieces_goes_out_in_one(bench, pair, pipe):

@@ -7,7 +7,7 @@ import pytest
 from scapy.layers.inet import IP, UDP
 from scapy.layers.l2 import Ether
 
-from ports import tap
+from ports import tap_device
 from tests import requirements
 from tests.netns.uplink import GUEST_MAC, TAP, VNET_HDR, hold
 
@@ -74,10 +74,10 @@ def test_a_guest_that_cannot_gets_segments(bench, switch, namespace):
 def test_a_kernel_that_knows_less_is_asked_for_less(namespace):
     """As Linux before 6.2 does with UDP segments: it refuses all that are asked for."""
     with hold(namespace, "old0", TAP | VNET_HDR) as file:
-        assert not tap.take_offloads(file.fileno(), more=1 << 15)
+        assert not tap_device.take_offloads(file.fileno(), more=1 << 15)
         taken = namespace.run("ethtool", "--show-features", "old0")
         assert "tcp-segmentation-offload: on" in taken
         assert "tx-udp-segmentation: off" in taken
-        assert tap.take_offloads(file.fileno())
+        assert tap_device.take_offloads(file.fileno())
         taken = namespace.run("ethtool", "--show-features", "old0")
         assert "tx-udp-segmentation: on" in taken

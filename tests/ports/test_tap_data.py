@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from ports import tap_data
-from ports.base import NO_FD, PORT
+from ports.base import PORT, RING
 from ports.burst import BURST_SIZE, CONTEXT, TOO_SHORT, make_scratch
 from ports.counters import COUNTERS, NAMES
 from ports.vhost.virtio import NET_HDR_LEN
@@ -26,8 +26,8 @@ class Bench:
         self.ctx = np.zeros(1, CONTEXT)[0]
         for name, array in self.scratch.items():
             self.ctx[name] = array.ctypes.data
-        self.port = np.zeros(1, PORT)[0]
-        self.port["fd"], self.port["max_frame"] = ours.fileno(), 65553
+        self.port, self.ring = np.zeros(1, PORT)[0], np.zeros(1, RING)[0]
+        self.port["max_frame"], self.ring["kick_fd"] = 65553, ours.fileno()
         self.tally = np.zeros(1, COUNTERS)[0]
 
     def transmit(self, frames):
@@ -37,7 +37,13 @@ class Bench:
             row["addr"], row["length"] = data.ctypes.data, data.size
             row["eth"], row["segments"] = data.ctypes.data, 1
         self.scratch["picked"][: len(frames)] = range(len(frames))
-        return tap_data.transmit(self.port, self.ctx, len(frames), self.tally)
+        return self.transmit_picked(len(frames))
+
+    def transmit_picked(self, n):
+        return tap_data.transmit(self.ring, self.port, self.ctx, n, self.tally)
+
+    def receive(self):
+        return tap_data.receive(self.ring, self.ctx)
 
     def counted(self):
         return {name: int(self.tally[name]) for name in NAMES if self.tally[name]}
@@ -67,22 +73,17 @@ def test_a_burst_is_read_up_to_its_size(bench):
     frames = [bytes([n]) * (14 + n) for n in range(BURST_SIZE + 3)]
     for frame in frames:
         bench.far.send(HEADER + frame)
-    assert tap_data.receive(bench.port, bench.ctx) == BURST_SIZE
+    assert bench.receive() == BURST_SIZE
     assert bench.received(BURST_SIZE) == frames[:BURST_SIZE]
-    assert tap_data.receive(bench.port, bench.ctx) == 3
+    assert bench.receive() == 3
     assert bench.received(3) == frames[BURST_SIZE:]
-    assert tap_data.receive(bench.port, bench.ctx) == 0
+    assert bench.receive() == 0
 
 
 def test_less_than_a_header_is_marked(bench):
     bench.far.send(HEADER + bytes(13))
-    assert tap_data.receive(bench.port, bench.ctx) == 1
+    assert bench.receive() == 1
     assert int(bench.scratch["burst"][0]["length"]) == TOO_SHORT
-
-
-def test_a_port_without_a_descriptor_has_no_frames(bench):
-    bench.port["fd"] = NO_FD
-    assert tap_data.receive(bench.port, bench.ctx) == 0
 
 
 def test_frames_are_written_in_order_and_counted(bench):
@@ -102,7 +103,7 @@ def test_a_frame_in_pieces_is_written_as_one(bench):
     head = np.frombuffer(b"".join(piece.tobytes() for piece in pieces), np.uint8)
     frame["eth"] = head.ctypes.data
     bench.scratch["picked"][0] = 0
-    assert tap_data.transmit(bench.port, bench.ctx, 1, bench.tally) == 1
+    assert bench.transmit_picked(1) == 1
     whole = HEADER + b"".join(piece.tobytes() for piece in pieces)
     assert bench.far.recv(2048) == whole
 
@@ -119,8 +120,8 @@ def test_what_a_full_queue_refuses_is_counted_as_that(bench):
 
 
 def test_what_nobody_takes_any_more_is_counted_as_a_link_that_is_down(bench):
-    bench.port["fd"] = bench.near.detach()
-    socket.close(int(bench.port["fd"]))
+    bench.ring["kick_fd"] = bench.near.detach()
+    socket.close(int(bench.ring["kick_fd"]))
     assert bench.transmit([bytes(60)] * 3) == 0
     assert bench.counted() == {"tx_drop_link_down": 3}
 
