@@ -23,6 +23,10 @@ KIND_TAP: Final = 2
 KIND_ETH: Final = 3
 KIND_XDP: Final = 4
 
+# PORT.backend, of a tap
+BACKEND_PLAIN: Final = 0
+BACKEND_URING: Final = 1
+
 # Ring n of a port is virtqueue n of its device (virtio 1.2 §5.1.2): even ones are the
 # guest's receive queues, which we transmit into; odd ones its transmit queues, which we
 # receive from. A tap or an interface has a pair for each worker in the same places.
@@ -101,10 +105,11 @@ PORT: Final = np.dtype(
         ("max_frame", "<i8"),  # longest frame we may transmit, bytes
         ("max_addresses", "<i8"),
         ("offloads", "<i8"),  # F_GUEST_* that the receiver behind the port takes
+        ("backend", "<i8"),  # BACKEND_*
         # Written by workers, atomically.
         ("addresses", "<i8"),  # learned addresses behind this port
         # Written by the manager: frames that the kernel had no room for.
         ("missed", "<i8"),
-        ("data_pad", "<i8", (7,)),
+        ("data_pad", "<i8", (6,)),
     ]
 )

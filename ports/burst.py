@@ -96,6 +96,7 @@ CONTEXT: Final = np.dtype(
         ("first", "<i8"),  # i8[MAX_PORTS]: first frame for a port, or -1
         ("last", "<i8"),  # i8[MAX_PORTS]: last frame for a port
         ("egresses", "<i8"),  # i8[]: ports with frames
+        ("uring", "<i8"),  # URING, or 0: this worker has none
     ]
 )
 

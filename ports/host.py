@@ -5,7 +5,7 @@ are plain memory that workers look at, and `sync` returns when all of them have.
 """
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple, Protocol
+from typing import Final, NamedTuple, Protocol
 
 from numpy import void
 from numpy.typing import NDArray
@@ -25,6 +25,16 @@ class State(NamedTuple):
 
     word: str
     reason: str
+
+
+class Backend(NamedTuple):
+    """How a port's frames come and go, where its kind has a choice."""
+
+    name: str
+    reason: str  # why it is not a better one, if there is
+
+
+NO_CHOICE: Final = Backend("", "")
 
 
 def nothing() -> None:

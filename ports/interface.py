@@ -25,7 +25,7 @@ from ports.base import (
     RINGS_PER_PORT,
 )
 from ports.errors import PortError
-from ports.host import Host, State
+from ports.host import NO_CHOICE, Host, State
 from ports.links import Link, LinkMonitor
 from ports.packet_socket import is_wireless
 
@@ -46,6 +46,7 @@ class InterfacePort:
 
     kind = ""
     mode = ""
+    backend = NO_CHOICE
 
     def __init__(self, host: Host, slot: int, name: str, interface: str) -> None:
         self.name = name

@@ -337,6 +337,7 @@ _c_send: Final = types.ExternalFunction(
 _c_recv: Final = types.ExternalFunction(
     "recv", types.int64(types.int32, types.int64, types.int64, types.int32)
 )
+_c_syscall_6: Final = types.ExternalFunction("syscall", types.int64(*[types.int64] * 7))
 _c_eventfd_write: Final = types.ExternalFunction(
     "eventfd_write", types.int32(types.int32, types.int64)
 )
@@ -644,6 +645,15 @@ def wake_receiver(fd: int) -> int:
     return got if got >= 0 else -ctypes.get_errno()
 
 
+_IO_URING_ENTER: Final = 426  # <asm/unistd.h>
+
+
+def uring_enter(fd: int, count: int) -> int:
+    """Submit `count` requests of an io_uring; how many the kernel took, or -errno."""
+    got = int(_libc.syscall(_IO_URING_ENTER, fd, count, 0, 0, None, 0))
+    return got if got >= 0 else -ctypes.get_errno()
+
+
 def copy_bytes(dst: int, src: int, length: int) -> None:
     """Copy a frame or a part of one; never touches a byte outside `length`."""
     ctypes.memmove(dst, src, length)
@@ -764,6 +774,15 @@ def _wake_sender(fd: Any) -> Any:
 def _wake_receiver(fd: Any) -> Any:
     def body(fd: int) -> int:
         got = _c_recv(fd, 0, 0, _MSG_DONTWAIT)
+        return got if got >= 0 else -_load_u32(_c_errno())
+
+    return body
+
+
+@overload(uring_enter, strict=False)
+def _uring_enter(fd: Any, count: Any) -> Any:
+    def body(fd: int, count: int) -> int:
+        got = _c_syscall_6(_IO_URING_ENTER, fd, count, 0, 0, 0, 0)
         return got if got >= 0 else -_load_u32(_c_errno())
 
     return body

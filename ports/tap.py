@@ -6,22 +6,26 @@ there (`ip tuntap add`) stays, and loses the offloads that we could do. The link
 down and up is followed and shown; frames for a link that is down are counted by the data
 path, as the kernel refuses them.
 
+How frames come and go (the backend) is chosen then, too: the best that can be had, unless
+somebody asks for another one.
+
 Every worker has a queue of its own, which it receives from and transmits into: so none
 waits for another, and as the kernel answers a flow by the queue that it came in by, both
 ways of a flow stay with one worker where its guest does. A tap that was made for a single
 queue is used by all.
 """
 
-from collections.abc import Sequence
-from typing import cast
+from collections.abc import Callable, Sequence
+from typing import Final, NamedTuple, cast
 
 import numpy as np
 
-from ports import tap_device
+from ports import tap_device, uring
 from ports.base import (
+    BACKEND_PLAIN,
+    BACKEND_URING,
     KIND_NONE,
     KIND_TAP,
-    MAX_PAIRS,
     NO_FD,
     RING_STARTING,
     RING_STOPPED,
@@ -30,7 +34,8 @@ from ports.base import (
     TX,
 )
 from ports.burst import MAX_FRAME
-from ports.host import Host, State
+from ports.errors import PortError
+from ports.host import NO_CHOICE, Backend, Host, State
 from ports.links import LinkMonitor, bring_up
 from ports.tap_device import Tap
 from ports.vhost.features import (
@@ -43,6 +48,22 @@ from ports.vhost.features import (
 from ports.vhost.virtio import NET_HDR_LEN
 
 
+class _Way(NamedTuple):
+    """A backend, as the data path knows it."""
+
+    number: int
+    missing: Callable[[int], str]  # what a tap's descriptor lacks for it, or nothing
+
+
+# The best first; the last can always be had.
+_WAYS: Final = {
+    "io_uring": _Way(BACKEND_URING, uring.missing),
+    "plain": _Way(BACKEND_PLAIN, lambda _: ""),
+}
+AUTO: Final = "auto"
+BACKENDS: Final = (AUTO, *_WAYS)
+
+
 class TapPort:
     """Control half of a tap port."""
 
@@ -50,12 +71,22 @@ class TapPort:
     mode = ""
     warnings: Sequence[str] = ()
 
-    def __init__(self, host: Host, slot: int, name: str, interface: str) -> None:
+    def __init__(
+        self,
+        host: Host,
+        slot: int,
+        name: str,
+        interface: str,
+        most_queues: int,
+        backend: str,
+    ) -> None:
         self.name = name
         self.interface = interface
+        self.backend = NO_CHOICE
+        self._wanted_backend = backend
         self._host = host
         self._slot = slot
-        self._owners = host.active[:MAX_PAIRS]  # of its queues, if it has as many
+        self._owners = host.active[:most_queues]  # of its queues, if it has as many
         self._tap: Tap | None = None
         self._numbers: list[int] = []  # of its queues in workers
         self._link = "down"
@@ -66,9 +97,11 @@ class TapPort:
         """Attach to the interface, set it up, and start its rings.
 
         Raises:
-            PortError: It is no tap, is taken, or we lack the right.
+            PortError: It is no tap, is taken, or we lack the right; or the backend that
+                was asked for cannot be had.
         """
         self._tap = tap_device.attach(self.interface, len(self._owners))
+        self.backend = choose_backend(self._wanted_backend, self._tap.fds[0])
         if not self._tap.segments_udp:
             self._receiver &= ~RECEIVER_USO
             self._sender &= ~SENDER_USO
@@ -78,6 +111,7 @@ class TapPort:
         record = self._host.ports[self._slot]
         record["kind"], record["pairs"] = KIND_TAP, len(self._numbers)
         record["max_frame"], record["offloads"] = MAX_FRAME, self._receiver
+        record["backend"] = _WAYS[self.backend.name].number
         owners = self._owners
         if len(self._numbers) == 1:
             owners = [self._host.owner_for(self._slot, 0)]
@@ -152,3 +186,20 @@ class TapPort:
 
     def _ring(self, index: int) -> np.void:
         return cast("np.void", self._host.rings[self._slot * RINGS_PER_PORT + index])
+
+
+def choose_backend(wanted: str, fd: int) -> Backend:
+    """The best backend that a tap's descriptor can have, or the one of BACKENDS wanted.
+
+    Raises:
+        PortError: That cannot be had.
+    """
+    passed: dict[str, str] = {}
+    for name in _WAYS if wanted == AUTO else (wanted,):
+        lack = _WAYS[name].missing(fd)
+        if not lack:
+            return Backend(
+                name, "; ".join(f"no {n}: {why}" for n, why in passed.items())
+            )
+        passed[name] = lack
+    raise PortError(f"cannot use backend {wanted}: {passed[wanted]}")

@@ -43,7 +43,7 @@ from ports.base import (
 )
 from ports.burst import MAX_FRAME
 from ports.errors import ProtocolError, errno_name
-from ports.host import Host, Mapping, State
+from ports.host import NO_CHOICE, Host, Mapping, State
 from ports.vhost import virtio
 from ports.vhost.channel import Channel, close_fds
 from ports.vhost.features import OFFERED_PROTOCOL, RECEIVER, feature_names
@@ -104,6 +104,7 @@ class VhostUserPort:
     """Control half of a vhost-user port."""
 
     kind = "vhost-user"
+    backend = NO_CHOICE
     warnings: Sequence[str] = ()
 
     def __init__(

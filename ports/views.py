@@ -6,6 +6,7 @@ from ports.base import PORT, REDO, REGION, RING
 from ports.burst import FRAME, MESSAGE, SEGMENT
 from ports.native import records_at
 from ports.xdp_ring import XSK
+from ports.uring import REQUEST, RESULT, URING
 
 port_at: Final = records_at(PORT)
 ring_at: Final = records_at(RING)
@@ -15,3 +16,6 @@ frame_at: Final = records_at(FRAME)
 segment_at: Final = records_at(SEGMENT)
 message_at: Final = records_at(MESSAGE)
 xsk_at: Final = records_at(XSK)
+uring_at: Final = records_at(URING)
+request_at: Final = records_at(REQUEST)
+result_at: Final = records_at(RESULT)

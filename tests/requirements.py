@@ -3,8 +3,11 @@
 import os
 import re
 import shutil
+import socket
 
 import pytest
+
+from ports import uring
 
 
 def require_root():
@@ -21,3 +24,10 @@ def require_linux(major, minor, what):
     found = re.match(r"(\d+)\.(\d+)", os.uname().release)
     if (int(found[1]), int(found[2])) < (major, minor):
         pytest.skip(f"needs Linux {major}.{minor}, for {what}")
+
+
+def require_io_uring():
+    """For sockets; `missing` looks at what taps need."""
+    with socket.socket() as sock:
+        if lack := uring.missing(sock.fileno()):
+            pytest.skip(f"needs io_uring: {lack}")

@@ -205,6 +205,10 @@ def add_port(
             help="For a front-end that asks us what the device is like; QEMU does not.",
         ),
     ] = False,
+    backend: Annotated[
+        Literal["auto", "io_uring", "plain"],
+        typer.Option(help="How a tap's frames come and go; auto: the best there is."),
+    ] = "auto",
     libvirt: Annotated[
         bool, typer.Option("--libvirt", help="Print XML instead of QEMU arguments.")
     ] = False,
@@ -222,6 +226,7 @@ def add_port(
             queues=queues,
             max_addresses=max_addresses,
             config_space=config_space,
+            backend=backend,
         )
     lines = ""
     if leads_to.kind == endpoint.VHOST:

@@ -10,9 +10,9 @@ from typing import Any, Final, Protocol
 from ports.base import MAX_PAIRS, MAX_PORTS, NO_FD, RINGS_PER_PORT
 from ports.errors import PortError
 from ports.eth import EthPort
-from ports.host import State
+from ports.host import Backend, State
 from ports.links import check_name
-from ports.tap import TapPort
+from ports.tap import AUTO, BACKENDS, TapPort
 from ports.vhost_user import VhostUserPort
 from ports.xdp import XdpPort
 from vswitch.control import endpoint
@@ -23,8 +23,8 @@ from vswitch.workers import Workers
 
 _GUEST_ADDRESSES: Final = 16384
 _UPLINK_ADDRESSES: Final = 65536
-_UPLINKS: Final[dict[str, type[TapPort | EthPort | XdpPort]]] = {
-    endpoint.TAP: TapPort,
+# Ports on interfaces that are there.
+_INTERFACES: Final[dict[str, type[EthPort | XdpPort]]] = {
     endpoint.ETH: EthPort,
     endpoint.XDP: XdpPort,
 }
@@ -40,6 +40,7 @@ class Port(Protocol):
     name: str
     kind: str
     mode: str
+    backend: Backend
     warnings: Sequence[str]  # what whoever added it should know
 
     async def open(self) -> None:
@@ -88,6 +89,8 @@ class Entry:
             "since": round(self._since, 3),
             "features": self.port.features(),
             "queues": self.port.queues(),
+            "backend": self.port.backend.name,
+            "backend_reason": self.port.backend.reason,
         }
 
 
@@ -123,8 +126,8 @@ class PortBook:
         """Add a port; False with it where it was there already, just so.
 
         Args:
-            wanted: endpoint and name; mode, queues, max_addresses and config_space may
-                be left out.
+            wanted: endpoint and name; mode, queues, max_addresses, config_space and
+                backend may be left out.
 
         Raises:
             VswitchError: The name or the endpoint is taken, or it cannot be opened.
@@ -132,12 +135,14 @@ class PortBook:
         leads_to = endpoint.parse(str(wanted["endpoint"]), Path("/"))
         name = endpoint.check_name(str(wanted["name"]))
         mode = str(wanted.get("mode") or "server")
-        present = self._present(name, leads_to, mode)
+        backend = str(wanted.get("backend") or AUTO)
+        present = self._present(name, leads_to, mode, backend)
         if present is not None:
             return present, False
         slot = self._free_slot()
         try:
-            port = self._make(slot, name, leads_to, wanted | {"mode": mode})
+            chosen = {"mode": mode, "backend": backend}
+            port = self._make(slot, name, leads_to, wanted | chosen)
             await _open(port)
         except (PortError, OSError, MemoryError) as error:
             self._clear(slot)
@@ -166,12 +171,16 @@ class PortBook:
                 await entry.port.close()
         self._entries.clear()
 
-    def _present(self, name: str, leads_to: Endpoint, mode: str) -> Entry | None:
+    def _present(
+        self, name: str, leads_to: Endpoint, mode: str, backend: str
+    ) -> Entry | None:
         present = self._entries.get(name)
         if present:
-            if present.endpoint == leads_to and present.port.mode in {"", mode}:
+            has = (present.port.mode, present.port.backend.name)
+            same = has[0] in {"", mode} and backend in {AUTO, has[1]}
+            if present.endpoint == leads_to and same:
                 return present
-            taken = f"{present.endpoint.text} {present.port.mode}".strip()
+            taken = " ".join(word for word in (present.endpoint.text, *has) if word)
             text = f"cannot add port {name}: the name is taken by {taken}"
             raise VswitchError(f"{text} (choose another with --name)")
         for entry in self:
@@ -184,26 +193,30 @@ class PortBook:
     def _make(
         self, slot: int, name: str, leads_to: Endpoint, wanted: Arguments
     ) -> Port:
-        uplink = _UPLINKS.get(leads_to.kind)
+        backend = wanted["backend"]
+        _check_backend(backend, leads_to)
         pairs = _number(wanted, "queues", MAX_PAIRS, MAX_PAIRS)
-        limit = _UPLINK_ADDRESSES if uplink else _GUEST_ADDRESSES
+        guest = leads_to.kind == endpoint.VHOST
+        limit = _GUEST_ADDRESSES if guest else _UPLINK_ADDRESSES
         addresses = _number(wanted, "max_addresses", limit, _UPLINK_ADDRESSES)
         self._clear(slot)
         self._shared.ports[slot]["max_addresses"] = addresses
         header = self._shared.header[0]
         header["port_slots"] = max(int(header["port_slots"]), slot + 1)
-        if uplink:
-            check_name(leads_to.kind, leads_to.rest)
-            return uplink(self._workers, slot, name, leads_to.rest)
-        return VhostUserPort(
-            self._workers,
-            slot,
-            name,
-            Path(leads_to.rest),
-            wanted["mode"],
-            pairs,
-            config_space=bool(wanted.get("config_space")),
-        )
+        if leads_to.kind == endpoint.VHOST:
+            return VhostUserPort(
+                self._workers,
+                slot,
+                name,
+                Path(leads_to.rest),
+                wanted["mode"],
+                pairs,
+                config_space=bool(wanted.get("config_space")),
+            )
+        check_name(leads_to.kind, leads_to.rest)
+        if leads_to.kind == endpoint.TAP:
+            return TapPort(self._workers, slot, name, leads_to.rest, pairs, backend)
+        return _INTERFACES[leads_to.kind](self._workers, slot, name, leads_to.rest)
 
     def _free_slot(self) -> int:
         taken = set(self.slots.values())
@@ -225,9 +238,24 @@ class PortBook:
 
 def _are_one(one: Endpoint, other: Endpoint) -> bool:
     """Whether two endpoints lead to the same thing; an interface is one of any kind."""
-    if one.kind in _UPLINKS and other.kind in _UPLINKS:
-        return one.rest == other.rest
-    return one == other
+    return one == other or (
+        endpoint.VHOST not in {one.kind, other.kind} and one.rest == other.rest
+    )
+
+
+def _check_backend(backend: str, leads_to: Endpoint) -> None:
+    """Refuse a backend that there is not, or not for this kind of port.
+
+    Raises:
+        ConfigError: Just so.
+    """
+    if backend not in BACKENDS:
+        known = ", ".join(BACKENDS)
+        text = f"cannot use backend {backend!r}: it is unknown (known: {known})"
+        raise ConfigError(text)
+    if backend != AUTO and leads_to.kind != endpoint.TAP:
+        text = f"cannot use backend {backend!r} with {leads_to.text}"
+        raise ConfigError(f"{text}: only a tap has a choice (leave it out)")
 
 
 async def _open(port: Port) -> None:

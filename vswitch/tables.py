@@ -47,7 +47,8 @@ def show(answer: dict[str, Any]) -> str:
             port["state"],
             _since(port["since"]),
             f"{port['queues']['enabled']}/{port['queues']['max']}",
-            port["reason"],
+            port["backend"] or "-",
+            "; ".join(filter(None, (port["reason"], port["backend_reason"]))),
         )
         for port in answer["ports"]
     ]
@@ -58,7 +59,7 @@ def show(answer: dict[str, Any]) -> str:
     )
     if not ports:
         return text + "\n\nno ports (add one with: vswitch add-port vm1.sock)"
-    head = ("PORT", "KIND", "STATE", "SINCE", "QUEUES", "REASON")
+    head = ("PORT", "KIND", "STATE", "SINCE", "QUEUES", "BACKEND", "REASON")
     return text + "\n\n" + align(head, ports, frozenset({3, 4}))
 
 

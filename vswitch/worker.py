@@ -29,6 +29,9 @@ from typing import Any, Final
 import numpy as np
 
 from ports import native
+from ports.base import BACKEND_URING
+from ports.errors import errno_name
+from ports.uring import Uring
 from ports.vhost.virtio import NET_HDR_LEN
 from vswitch import shared as segment
 from vswitch.control import protocol
@@ -70,6 +73,8 @@ class Worker:
         self._mapped: dict[int, int] = {}  # address: length
         self._lost: list[int] = []  # mappings that zeroes took the place of
         self._keep_handler = native.catch_bus_errors(self._replace)
+        self._uring: Uring | None = None
+        self._wants_uring = True
         self._longest_sleep_s = _SLEEP_S
         self._epoll = select.epoll()
         self._epoll.register(sock.fileno(), select.EPOLLIN)
@@ -228,6 +233,8 @@ class Worker:
         return 0
 
     def _sync(self, _seq: int, dead: int) -> int:
+        if self._wants_uring and self._is_uring_asked_for():
+            self._open_uring()
         if dead >= 0:
             loop.repair_rings(self._ctx, dead, self._number)
         loop.start_rings(self._ctx, self._number)
@@ -243,6 +250,20 @@ class Worker:
             self._epoll.register(fd, select.EPOLLIN | select.EPOLLET)
         self._watched = wanted
         return 0
+
+    def _is_uring_asked_for(self) -> bool:
+        return bool(np.any(self._shared.ports["backend"] == BACKEND_URING))
+
+    def _open_uring(self) -> None:
+        """Have a ring for system calls of our own; without one, each is made by itself."""
+        self._wants_uring = False
+        try:
+            self._uring = Uring()
+        except OSError as error:
+            text = "worker %d: no io_uring: %s"
+            _log.warning(text, self._number, errno_name(error))
+        else:
+            self._ctx["uring"] = self._uring.address
 
     def _unwatch(self, fd: int) -> None:
         if fd in self._watched:

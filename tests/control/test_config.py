@@ -23,6 +23,7 @@ queues = 2
 [port.up0]
 endpoint = "tap:up0"
 max_addresses = 100
+backend = "plain"
 """
 
 
@@ -41,7 +42,12 @@ def test_a_file_gives_options_and_ports_with_paths_beside_it():
             "mode": "client",
             "queues": 2,
         },
-        {"name": "up0", "endpoint": "tap:up0", "max_addresses": 100},
+        {
+            "name": "up0",
+            "endpoint": "tap:up0",
+            "max_addresses": 100,
+            "backend": "plain",
+        },
     ]
 
 
@@ -61,6 +67,10 @@ def test_a_file_gives_options_and_ports_with_paths_beside_it():
         ("[port.vm1]", r"\[port.vm1\] has no endpoint"),
         ("[port.vm1]\nendpoint = 'tapp:x'", r"\[port.vm1\] .*'tapp' is unknown"),
         ("[port.vm1]\nendpoint='a'\nmode='x'", r"mode 'x' is unknown \(known: server"),
+        (
+            "[port.a]\nendpoint='tap:a'\nbackend='fast'",
+            r"\[port.a\] backend 'fast' is unknown \(known: auto, .*plain\)",
+        ),
         ("[port.'a b']\nendpoint='a'", r"\[port.a b\] cannot use port name"),
     ],
 )

@@ -10,6 +10,8 @@ PORT = {
     "state": "up",
     "reason": "1 queue pair",
     "queues": {"enabled": 1, "max": 8},
+    "backend": "",
+    "backend_reason": "",
 }
 WORKER = {
     "id": 0,
@@ -47,7 +49,17 @@ def test_show_gives_state_and_reason_of_each_port():
     assert lines[1].split() == ["0", "4711", "1", "active", "polling", "35.1", "%"]
     assert lines[4].split(maxsplit=6)[:3] == ["vm1", "vhost-user", "up"]
     assert "5 min" in lines[4]
-    assert lines[4].endswith("1/8  1 queue pair")
+    assert lines[4].endswith("1/8  -        1 queue pair")
+
+
+def test_show_says_how_a_port_moves_frames_and_why_not_better():
+    port = PORT | {
+        "since": 0,
+        "backend": "plain",
+        "backend_reason": "no io_uring: lost",
+    }
+    lines = tables.show({"workers": [WORKER], "ports": [port]}).splitlines()
+    assert lines[4].endswith("  plain    1 queue pair; no io_uring: lost")
 
 
 def test_show_without_ports_says_how_to_add_one():

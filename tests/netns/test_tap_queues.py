@@ -100,6 +100,14 @@ def test_a_tap_that_we_make_has_a_queue_for_each_worker(switch, bench, namespace
     assert namespace.link("many0") is None
 
 
+def test_a_tap_has_no_more_queues_than_it_may(switch, bench, namespace):
+    bench.tap("few0", queues=1)
+    port = switch.port("few0")
+    assert port["queues"] == {"enabled": 1, "max": 1}
+    assert port["reason"] == "interface few0 is up"
+    assert queues_of(namespace, "few0") is None
+
+
 def test_a_tap_that_was_there_for_many_queues_is_left_without_any(
     switch, bench, namespace
 ):

@@ -42,14 +42,14 @@ class Bench:
             self.unplug(name)
         self._owned.close()
 
-    def tap(self, name):
+    def tap(self, name, **options):
         """A port on a tap, up."""
-        self.uplink("tap", name)
+        self.uplink("tap", name, **options)
 
-    def uplink(self, kind, name):
+    def uplink(self, kind, name, **options):
         """A port on an interface, up; what adding it answered."""
         self._ports.append(name)
-        answer = self.switch.add_port(name, f"{kind}:{name}")
+        answer = self.switch.add_port(name, f"{kind}:{name}", **options)
         self.switch.wait_for_state(name, "up")
         return answer
 

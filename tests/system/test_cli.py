@@ -112,6 +112,7 @@ def test_usage_errors_end_with_code_2(shell):
         ["add-port"],
         ["add-port", "tapp:up0"],
         ["add-port", "vm1.sock", "--name", "a b"],
+        ["add-port", "tap:up0", "--backend", "fast"],
     ):
         code, _, err = shell.run(*command)
         assert code == USAGE, (command, err)

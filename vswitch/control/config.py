@@ -20,6 +20,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
+from ports.tap import BACKENDS
 from vswitch.control import endpoint
 from vswitch.errors import ConfigError, VswitchError
 
@@ -42,6 +43,7 @@ _PORT: Final[dict[str, type]] = {
     "queues": int,
     "max_addresses": int,
     "config_space": bool,
+    "backend": str,
 }
 _KINDS: Final = {
     int: "a whole number",
@@ -102,6 +104,7 @@ def _ports(path: Path, tables: dict[str, Any]) -> Iterator[dict[str, Any]]:
             raise ConfigError(f"{path}: {where}is not a table")
         _check_words(path, where, table, _PORT)
         _check_choice(path, where, table, "mode", MODES)
+        _check_choice(path, where, table, "backend", BACKENDS)
         if "endpoint" not in table:
             raise ConfigError(f"{path}: {where}has no endpoint")
         try:
