@@ -178,8 +178,7 @@ def _transmit_run(
         ring = _own_ring(ctx, first, port, worker)
         return tap_data.transmit(ring, port, ctx, n, tally)
     if int(port["kind"]) == KIND_ETH:
-        pair = worker % int(port["pairs"])
-        ring = ring_at(int(ctx["rings"]), first + 2 * pair)
+        ring = _own_ring(ctx, first, port, worker)
         return eth_data.transmit(port, ring, ctx, n, tally)
     if int(port["pairs"]) <= 1:
         return _transmit_ring(ctx, first, port, worker, n, tally)

@@ -35,6 +35,7 @@ class Link(NamedTuple):
     hardware: int  # ARPHRD_*, linux/if_arp.h
     master: int  # index of the bridge or bond that has it, or 0
     kind: str  # of what the kernel makes up, as veth; empty for hardware
+    attached: int = 0  # queues that programs have, of a tap that has many
 
 
 class LinkMonitor:
@@ -148,17 +149,22 @@ def check_name(kind: str, interface: str) -> None:
         raise PortError(f"{message} (use letters, digits, - and _)")
 
 
+async def find(name: str) -> Link | None:
+    """An interface as it is now, if there is one of that name."""
+    with contextlib.suppress(OSError):  # there is none
+        index = socket.if_nametoindex(name)
+        async with _netlink() as netlink:
+            return await _look(netlink, index)
+    return None
+
+
 async def look_up(name: str) -> Link:
     """An interface as it is now.
 
     Raises:
         PortError: There is none of that name.
     """
-    link = None
-    with contextlib.suppress(OSError):  # there is none of that name
-        index = socket.if_nametoindex(name)
-        async with _netlink() as netlink:
-            link = await _look(netlink, index)
+    link = await find(name)
     if link is None:
         cannot = f"cannot use interface {name}"
         raise PortError(f"{cannot}: there is none (choose one of: ip link show)")
@@ -233,4 +239,14 @@ def _link(message: Any) -> Link:  # noqa: ANN401 (pyroute2 has no types)
         hardware=int(message["ifi_type"]),
         master=int(message.get("master") or 0),
         kind=str(message.get(("linkinfo", "kind")) or ""),
+        attached=_attached(message),
     )
+
+
+def _attached(message: Any) -> int:  # noqa: ANN401 (pyroute2 has no types)
+    """The kernel itself keeps two programs from a tap of one queue."""
+    about = message.get_nested("IFLA_LINKINFO", "IFLA_INFO_DATA")
+    if not about or not about.get("IFLA_TUN_MULTI_QUEUE"):
+        return 0
+    queues = ("IFLA_TUN_NUM_QUEUES", "IFLA_TUN_NUM_DISABLED_QUEUES")
+    return sum(int(about.get(name) or 0) for name in queues)

@@ -100,6 +100,7 @@ class TapPort:
             PortError: It is no tap, is taken, or we lack the right; or the backend that
                 was asked for cannot be had.
         """
+        await tap_device.check_unused(self.interface)
         self._tap = tap_device.attach(self.interface, len(self._owners))
         self.backend = choose_backend(self._wanted_backend, self._tap.fds[0])
         if not self._tap.segments_udp:

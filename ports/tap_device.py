@@ -13,7 +13,7 @@ import struct
 from typing import Final, NamedTuple
 
 from ports.errors import PortError, explain
-from ports.links import check_name
+from ports.links import check_name, find
 from ports.vhost.virtio import NET_HDR_LEN
 
 _TUNSETIFF: Final = 0x400454CA
@@ -43,6 +43,18 @@ class Tap(NamedTuple):
 
     fds: list[int]  # one a queue
     segments_udp: bool  # whether the kernel has UDP segments come and go
+
+
+async def check_unused(interface: str) -> None:
+    """Refuse a tap that another program is attached to: each would get a part of it.
+
+    Raises:
+        PortError: It is.
+    """
+    link = await find(interface)
+    if link and link.attached:
+        cause = _CAUSES[errno.EBUSY]
+        raise PortError(f"cannot attach to tap {interface}: EBUSY: {cause}")
 
 
 def attach(interface: str, queues: int) -> Tap:

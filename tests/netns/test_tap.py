@@ -19,6 +19,7 @@ from tests.netns.checks import (
 )
 from tests.netns.uplink import (
     GUEST_MAC,
+    MULTI_QUEUE,
     TAP,
     TUN,
     VNET_HDR,
@@ -167,11 +168,20 @@ def test_an_interface_that_is_no_tap_is_refused(bench, switch, make):
         switch.add_port("odd0", "tap:odd0")
 
 
-def test_a_tap_that_another_program_has_is_refused(bench, switch):
-    bench.hold("taken0", TAP)
+def test_the_loopback_is_no_tap(switch):
+    with pytest.raises(RefusedError, match="EINVAL: it exists and is not a tap"):
+        switch.add_port("odd1", "tap:lo")
+
+
+@pytest.mark.parametrize("flags", [TAP, TAP | MULTI_QUEUE], ids=["tap", "many queues"])
+def test_a_tap_that_another_program_has_is_refused(bench, switch, flags):
+    bench.hold("taken0", flags)
     text = "cannot attach to tap taken0: EBUSY: another program is attached to it"
     with pytest.raises(RefusedError, match=text):
         switch.add_port("taken0", "tap:taken0")
+
+
+def test_a_tun_that_another_program_has_is_no_tap(bench, switch):
     bench.hold("taken1", TUN)
     with pytest.raises(RefusedError, match="it exists and is not a tap"):
         switch.add_port("taken1", "tap:taken1")
