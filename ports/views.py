@@ -5,8 +5,8 @@ from typing import Final
 from ports.base import PORT, REDO, REGION, RING
 from ports.burst import FRAME, MESSAGE, SEGMENT
 from ports.native import records_at
-from ports.xdp_ring import XSK
 from ports.uring import REQUEST, RESULT, URING
+from ports.xdp_ring import XSK
 
 port_at: Final = records_at(PORT)
 ring_at: Final = records_at(RING)
