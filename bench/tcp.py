@@ -126,7 +126,7 @@ def main() -> None:
 @contextmanager
 def pairs(cases: list[Case]) -> Iterator[list[Pair]]:
     """A switch and two guests for each case, with a server in the second."""
-    booted = image.prepare(tools=True)
+    booted = image.prepare(image.TOOLS)
     with ExitStack() as owned:
         manager, directory = owned.enter_context(switch())
         guests = [

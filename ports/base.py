@@ -22,6 +22,7 @@ KIND_VHOST_USER: Final = 1
 KIND_TAP: Final = 2
 KIND_ETH: Final = 3
 KIND_XDP: Final = 4
+KIND_VHOST_NET: Final = 5  # a tap whose frames come and go by the kernel's vhost
 
 # PORT.backend, of a tap
 BACKEND_PLAIN: Final = 0

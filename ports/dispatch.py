@@ -7,10 +7,11 @@ line to each if-chain; chains of ints inline where function values do not.
 
 from typing import Final
 
-from ports import eth_data, flow, offload, tap_data, xdp_data
+from ports import eth_data, flow, offload, tap_data, vhost_net_data, xdp_data
 from ports.base import (
     KIND_ETH,
     KIND_TAP,
+    KIND_VHOST_NET,
     KIND_VHOST_USER,
     KIND_XDP,
     RING,
@@ -48,6 +49,8 @@ def receive(ring: Record, port: Record, ctx: Record, tally: Record) -> int:
         return eth_data.receive(ring, ctx)
     if int(port["kind"]) == KIND_XDP:
         return xdp_data.receive(ring, ctx, tally)
+    if int(port["kind"]) == KIND_VHOST_NET:
+        return vhost_net_data.receive(ring, ctx, tally)
     return 0
 
 
@@ -73,6 +76,8 @@ def release(ring: Record, port: Record, ctx: Record, n: int, tally: Record) -> N
         eth_data.release(ring, n)
     elif int(port["kind"]) == KIND_XDP:
         xdp_data.release(ring)
+    elif int(port["kind"]) == KIND_VHOST_NET:
+        vhost_net_data.release(ring)
 
 
 @jit
@@ -175,10 +180,16 @@ def _transmit_run(
     """Send the `n` picked frames as they are."""
     first = egress * RINGS_PER_PORT + TX
     if int(port["kind"]) == KIND_TAP:
-        ring = _own_ring(ctx, first, port, worker)
+        ring = ring_at(int(ctx["rings"]), _own_ring(ctx, first, port, worker))
         return tap_data.transmit(ring, port, ctx, n, tally)
+    if int(port["kind"]) == KIND_VHOST_NET:
+        own = _own_ring(ctx, first, port, worker)
+        if int(ring_at(int(ctx["rings"]), own)["enabled"]) == 0:
+            tally["tx_drop_link_down"] += n
+            return 0
+        return _transmit_ring(ctx, own, port, worker, n, tally)
     if int(port["kind"]) == KIND_ETH:
-        ring = _own_ring(ctx, first, port, worker)
+        ring = ring_at(int(ctx["rings"]), _own_ring(ctx, first, port, worker))
         return eth_data.transmit(port, ring, ctx, n, tally)
     if int(port["pairs"]) <= 1:
         return _transmit_ring(ctx, first, port, worker, n, tally)
@@ -186,19 +197,17 @@ def _transmit_run(
 
 
 @jit
-def _own_ring(ctx: Record, first: int, port: Record, worker: int) -> Record:
+def _own_ring(ctx: Record, first: int, port: Record, worker: int) -> int:
     """The transmit ring of the pair that this worker serves, or else one that it may use.
 
-    `first` is the ring of the port's first queue pair.
+    An index, as is `first`, which is the ring of the port's first queue pair.
     """
     pairs = int(port["pairs"])
-    own = worker % pairs
     for pair in range(pairs):
         ring = ring_at(int(ctx["rings"]), first + 2 * pair)
         if int(ring["owner"]) == worker:
-            own = pair
-            break
-    return ring_at(int(ctx["rings"]), first + 2 * own)
+            return first + 2 * pair
+    return first + 2 * (worker % pairs)
 
 
 @jit
@@ -256,6 +265,8 @@ def _put(ring: Record, port: Record, ctx: Record, n: int, tally: Record) -> int:
     """Put frames and call the driver if anything went back to it, bad chains included."""
     if int(port["kind"]) == KIND_XDP:
         return xdp_data.transmit(ring, port, ctx, n, tally)
+    if int(port["kind"]) == KIND_VHOST_NET:
+        return vhost_net_data.transmit(ring, port, ctx, n, tally)
     before = int(ring["next_used"])
     arrived = virtqueue.put(ring, port, ctx, n, tally)
     if int(ring["next_used"]) != before:
@@ -290,6 +301,8 @@ def ask_for_kicks(ring: Record, port: Record, ctx: Record) -> bool:
         return eth_data.has_frame(ring)
     if int(port["kind"]) == KIND_XDP:
         return xdp_data.has_frame(ring)
+    if int(port["kind"]) == KIND_VHOST_NET:
+        return vhost_net_data.ask_for_kicks(ring)
     return False
 
 
@@ -302,6 +315,8 @@ def resync(ring: Record, port: Record, ctx: Record) -> bool:
         eth_data.resync(ring)
     elif int(port["kind"]) == KIND_XDP:
         xdp_data.resync(ring)
+    elif int(port["kind"]) == KIND_VHOST_NET:
+        vhost_net_data.kick(ring)
     else:
         return False
     return True
@@ -312,3 +327,5 @@ def stop_kicks(ring: Record, port: Record, ctx: Record) -> None:
     """Ask not to be woken, since we are looking."""
     if int(port["kind"]) == KIND_VHOST_USER:
         virtqueue.stop_kicks(ring, port, ctx)
+    elif int(port["kind"]) == KIND_VHOST_NET:
+        vhost_net_data.stop_kicks(ring)

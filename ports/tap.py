@@ -20,12 +20,13 @@ from typing import Final, NamedTuple, cast
 
 import numpy as np
 
-from ports import tap_device, uring
+from ports import tap_device, uring, vhost_net
 from ports.base import (
     BACKEND_PLAIN,
     BACKEND_URING,
     KIND_NONE,
     KIND_TAP,
+    KIND_VHOST_NET,
     NO_FD,
     RING_STARTING,
     RING_STOPPED,
@@ -46,19 +47,22 @@ from ports.vhost.features import (
     feature_names,
 )
 from ports.vhost.virtio import NET_HDR_LEN
+from ports.vhost_net import VhostNet
 
 
 class _Way(NamedTuple):
     """A backend, as the data path knows it."""
 
+    kind: int
     number: int
     missing: Callable[[int], str]  # what a tap's descriptor lacks for it, or nothing
 
 
 # The best first; the last can always be had.
 _WAYS: Final = {
-    "io_uring": _Way(BACKEND_URING, uring.missing),
-    "plain": _Way(BACKEND_PLAIN, lambda _: ""),
+    "vhost-net": _Way(KIND_VHOST_NET, BACKEND_PLAIN, vhost_net.missing),
+    "io_uring": _Way(KIND_TAP, BACKEND_URING, uring.missing),
+    "plain": _Way(KIND_TAP, BACKEND_PLAIN, lambda _: ""),
 }
 AUTO: Final = "auto"
 BACKENDS: Final = (AUTO, *_WAYS)
@@ -89,6 +93,7 @@ class TapPort:
         self._owners = host.active[:most_queues]  # of its queues, if it has as many
         self._tap: Tap | None = None
         self._numbers: list[int] = []  # of its queues in workers
+        self._vhosts: list[VhostNet] = []  # or what serves its queues
         self._link = "down"
         self._receiver, self._sender = RECEIVER, SENDER
         self._monitor = LinkMonitor(interface, self._on_link)
@@ -108,33 +113,33 @@ class TapPort:
             self._sender &= ~SENDER_USO
         await bring_up(self.interface)
         await self._monitor.start()
-        self._numbers = await self._host.install(self._tap.fds)
-        record = self._host.ports[self._slot]
-        record["kind"], record["pairs"] = KIND_TAP, len(self._numbers)
-        record["max_frame"], record["offloads"] = MAX_FRAME, self._receiver
-        record["backend"] = _WAYS[self.backend.name].number
-        owners = self._owners
-        if len(self._numbers) == 1:
-            owners = [self._host.owner_for(self._slot, 0)]
-        for pair, (owner, number) in enumerate(zip(owners, self._numbers, strict=True)):
-            for index in (2 * pair + TX, 2 * pair + RX):
-                self._start(index, owner, number)
+        way = _WAYS[self.backend.name]
+        self._prepare(way)
+        if way.kind == KIND_VHOST_NET:
+            await self._connect_vhosts()
+        else:
+            await self._connect()
+        for index in range(2 * self._queues):
+            self._ring(index)["state"] = RING_STARTING
         await self._host.sync()
-        record["up"] = 1
+        self._host.ports[self._slot]["up"] = 1
 
     async def close(self) -> None:
         """Detach; an interface that we made goes away."""
         await self._monitor.stop()
         record = self._host.ports[self._slot]
         record["up"] = 0
-        for index in range(2 * len(self._numbers)):
+        for index in range(2 * self._queues):
             self._ring(index)["state"] = RING_STOPPED
         await self._host.sync()
         record["kind"], record["pairs"] = KIND_NONE, 0
-        for index in range(2 * len(self._numbers)):
-            self._ring(index)["kick_fd"] = NO_FD
+        for index in range(2 * self._queues):
+            self._ring(index)["kick_fd"] = self._ring(index)["call_fd"] = NO_FD
         await self._host.uninstall(self._numbers)
         self._numbers = []
+        for vhost in self._vhosts:
+            await vhost.close()
+        self._vhosts = []
         if self._tap:
             tap_device.detach(self._tap)
             self._tap = None
@@ -150,7 +155,15 @@ class TapPort:
 
     def queues(self) -> dict[str, int]:
         """One for each worker, if the interface has as many."""
-        return {"enabled": len(self._numbers), "max": len(self._owners)}
+        return {"enabled": self._queues, "max": len(self._owners)}
+
+    @property
+    def _fds(self) -> list[int]:
+        return self._tap.fds if self._tap else []
+
+    @property
+    def _queues(self) -> int:
+        return len(self._fds)
 
     def _link_state(self) -> State:
         interface = f"interface {self.interface}"
@@ -167,23 +180,49 @@ class TapPort:
 
     def _few_queues(self) -> str:
         """What to say of an interface that has not a queue for each worker."""
-        if len(self._numbers) == len(self._owners):
+        if self._queues == len(self._owners):
             return ""
         remedy = f"ip tuntap add {self.interface} mode tap multi_queue"
         return f"; it has one queue for {len(self._owners)} workers ({remedy})"
 
     def _on_link(self, state: str) -> None:
         self._link = state
+        # vhost-net does not tell what becomes of a frame; other backends hear it.
+        for pair in range(len(self._vhosts)):
+            self._ring(2 * pair + TX)["enabled"] = state in {"up", "moved"}
 
-    def _start(self, index: int, owner: int, number: int) -> None:
-        """Have a worker take up a ring of a queue that has that number there."""
-        ring = self._ring(index)
-        ring["owner"], ring["port"], ring["enabled"] = owner, self._slot, 1
-        ring["header_len"], ring["features"] = NET_HDR_LEN, self._sender
-        ring["shared"], ring["lock"] = 0, 0
-        ring["call_fd"] = ring["err_fd"] = NO_FD
-        ring["kick_fd"] = number
-        ring["state"] = RING_STARTING
+    def _prepare(self, way: _Way) -> None:
+        """Fill in what is the same for every backend."""
+        record = self._host.ports[self._slot]
+        record["kind"], record["backend"] = way.kind, way.number
+        record["max_frame"], record["offloads"] = MAX_FRAME, self._receiver
+        record["pairs"] = self._queues
+        owners = self._owners
+        if self._queues == 1:
+            owners = [self._host.owner_for(self._slot, 0)]
+        for index in range(2 * self._queues):
+            ring = self._ring(index)
+            ring["owner"], ring["port"] = owners[index // 2], self._slot
+            ring["header_len"], ring["features"] = NET_HDR_LEN, self._sender
+            ring["shared"], ring["lock"], ring["enabled"] = 0, 0, 1
+            ring["call_fd"] = ring["err_fd"] = NO_FD
+
+    async def _connect(self) -> None:
+        """Let workers read and write the queues themselves."""
+        self._numbers = await self._host.install(self._fds)
+        for index in range(2 * self._queues):
+            self._ring(index)["kick_fd"] = self._numbers[index // 2]
+
+    async def _connect_vhosts(self) -> None:
+        """Let the kernel serve the queues, and workers its rings."""
+        for pair, fd in enumerate(self._fds):
+            vhost = VhostNet(self._host)
+            self._vhosts.append(vhost)
+            await vhost.open(fd)
+            rx, tx = self._ring(2 * pair + RX), self._ring(2 * pair + TX)
+            vhost.describe(rx, tx)
+            tx["shared"] = self._host.several
+        self._on_link(self._link)
 
     def _ring(self, index: int) -> np.void:
         return cast("np.void", self._host.rings[self._slot * RINGS_PER_PORT + index])

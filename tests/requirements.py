@@ -7,7 +7,7 @@ import socket
 
 import pytest
 
-from ports import uring
+from ports import uring, vhost_net
 
 
 def require_root():
@@ -31,3 +31,8 @@ def require_io_uring():
     with socket.socket() as sock:
         if lack := uring.missing(sock.fileno()):
             pytest.skip(f"needs io_uring: {lack}")
+
+
+def require_no_vhost_net():
+    if not vhost_net.missing():
+        pytest.skip("needs a machine without vhost-net, to see what else is chosen")

@@ -22,6 +22,7 @@ NUMBA_FREE = (
     "ports.vhost.messages",
     "ports.vhost.session",
     "ports.vhost.virtio",
+    "ports.vhost_net",
     "ports.vhost_user",
     "ports.xdp",
     "vswitch.cli",
@@ -46,6 +47,7 @@ FORBIDDEN = (
     ("ports.tap_data", "ports.vhost"),
     ("ports.eth_data", "ports.vhost"),
     ("ports.xdp_data", "ports.vhost"),
+    ("ports.vhost_net_data", "ports.vhost.split"),
 )
 
 

@@ -206,7 +206,7 @@ def add_port(
         ),
     ] = False,
     backend: Annotated[
-        Literal["auto", "io_uring", "plain"],
+        Literal["auto", "vhost-net", "io_uring", "plain"],
         typer.Option(help="How a tap's frames come and go; auto: the best there is."),
     ] = "auto",
     libvirt: Annotated[

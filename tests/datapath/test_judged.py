@@ -9,11 +9,12 @@ from ports import dispatch
 from ports.base import KIND_TAP
 from tests.datapath.bench import A, B
 from tests.datapath.rings import frame_to
+from tests.datapath.vhost_nets import VhostNet
 from vswitch.datapath import forward, loop
 
 
 @pytest.mark.parametrize("cuts", [(), (12, 17), (30,)])
-@pytest.mark.parametrize("to", ["split", "small buffers", "tap"])
+@pytest.mark.parametrize("to", ["split", "small buffers", "tap", "vhost-net"])
 def test_addresses_that_change_after_the_decision_are_not_delivered(bench, to, cuts):
     a, b = bench.guest(A), bench.guest(B)
     frame = frame_to(B, A, 200)
@@ -27,6 +28,9 @@ def test_addresses_that_change_after_the_decision_are_not_delivered(bench, to, c
     if to == "tap":
         bench.plane.shared.ports[B]["kind"] = KIND_TAP
         b.rx.record["kick_fd"] = ends[1]
+    elif to == "vhost-net":
+        net = VhostNet()
+        net.attach(bench.plane.shared.ports[B], b.tx.record, b.rx.record)
     else:
         b.post(4, length=2048 if to == "split" else 100)
     loop.start_rings(bench.plane.ctx, 0)
@@ -38,6 +42,9 @@ def test_addresses_that_change_after_the_decision_are_not_delivered(bench, to, c
     forward._send_to_all(ctx, 0, A, n)
     if to == "tap":
         got = os.read(ends[0], 4096)
+    elif to == "vhost-net":
+        got = b"".join(net.send()[0])
+        net.close()
     else:
         got = b"".join(
             b.buffer(head, length, size=2048 if to == "split" else 100)

@@ -4,6 +4,7 @@ import errno
 
 import pytest
 
+from ports import vhost_net
 from tests import requirements
 from tests.forbid import FORBID
 from tests.netns.flows import Connection
@@ -74,8 +75,23 @@ def test_the_best_is_taken_unless_somebody_asks(bench, switch):
     bench.tap("best0")
     bench.tap("best1", backend="auto")
     bench.tap("best2", backend="plain")
-    assert shown(switch, "best0") == shown(switch, "best1") == ("io_uring", "")
+    lack = vhost_net.missing()
+    best = ("io_uring", f"no vhost-net: {lack}") if lack else ("vhost-net", "")
+    assert shown(switch, "best0") == shown(switch, "best1") == best
     assert shown(switch, "best2") == ("plain", "")
+
+
+def test_without_vhost_net_it_is_told_how_to_get_it(bench, switch, namespace):
+    """`tests/vm/test_vhost_net.py` has a kernel with it."""
+    requirements.require_no_vhost_net()
+    text = "ENOENT: there is no /dev/vhost-net (modprobe vhost_net)"
+    bench.tap("lack2")
+    assert f"no vhost-net: {text}" in shown(switch, "lack2")[1]
+    with pytest.raises(RefusedError) as refused:
+        switch.add_port("lack3", "tap:lack3", backend="vhost-net")
+    text = f"port lack3: cannot use backend vhost-net: {text}"
+    assert str(refused.value) == text
+    assert namespace.link("lack3") is None
 
 
 def test_a_port_is_the_same_only_with_its_backend(bench, switch):
@@ -90,10 +106,12 @@ def test_a_port_is_the_same_only_with_its_backend(bench, switch):
 def test_where_it_is_forbidden_the_next_is_taken_and_the_reason_shown(
     start, make_bench, namespace
 ):
+    requirements.require_no_vhost_net()
     switch = start(prefix=(*FORBID, "io_uring_setup", str(int(errno.EPERM))))
     bench = make_bench(switch)
     bench.tap("lack0")
-    assert shown(switch, "lack0") == ("plain", f"no io_uring: {FORBIDDEN}")
+    name, reason = shown(switch, "lack0")
+    assert (name, reason.split("; ")[1:]) == ("plain", [f"no io_uring: {FORBIDDEN}"])
     with pytest.raises(RefusedError) as refused:
         switch.add_port("lack1", "tap:lack1", backend="io_uring")
     text = f"port lack1: cannot use backend io_uring: {FORBIDDEN}"
@@ -103,7 +121,7 @@ def test_where_it_is_forbidden_the_next_is_taken_and_the_reason_shown(
 
 @pytest.mark.parametrize("name", ["fast", "PLAIN", 7])
 def test_an_unknown_backend_is_refused(switch, namespace, name):
-    text = "cannot use backend '.*': it is unknown .known: auto, .*io_uring, plain."
+    text = "cannot use backend '.*': it is unknown .known: auto, vhost-net, io_uring, plain."
     with pytest.raises(RefusedError, match=text):
         switch.add_port("odd1", "tap:odd1", backend=name)
     assert namespace.link("odd1") is None

@@ -11,11 +11,11 @@ from tests.vm.lab import Lab
 from vswitch.demo import image, qemu
 
 
-def prepare_image(*, tools=False):
+def prepare_image(recipe=image.PLAIN):
     requirements.require_command(qemu.QEMU, "qemu-system-x86")
-    if image.cached(tools=tools) is None:
+    if image.cached(recipe) is None:
         requirements.require_command("apt-get", "apt")
-    return image.prepare(tools=tools)
+    return image.prepare(recipe)
 
 
 @pytest.fixture(scope="session")
@@ -27,7 +27,7 @@ def guest_image():
 @pytest.fixture(scope="session")
 def tools_image():
     """The same with Python, iperf3 and VLANs."""
-    return prepare_image(tools=True)
+    return prepare_image(image.TOOLS)
 
 
 @pytest.fixture

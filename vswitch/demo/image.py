@@ -2,9 +2,9 @@
 
 Debian's cloud kernel and its static busybox, fetched with `apt-get download` and unpacked
 in a cache directory: nothing is installed, no root is needed, and the second time nothing
-is fetched. Tests and measurements have an image of their own, with Python, iperf3 and
-VLANs as well. The guest's shell listens on its second serial line (`shell.py`); the first
-is the kernel's log.
+is fetched. What goes into an image is its recipe: tests and measurements have one with
+Python, iperf3 and VLANs as well. The guest's shell listens on its second serial line
+(`shell.py`); the first is the kernel's log.
 """
 
 import lzma
@@ -22,32 +22,10 @@ from typing import Final, NamedTuple
 
 from vswitch.errors import VswitchError
 
-_KERNEL: Final = "linux-image-cloud-amd64"
-_BUSYBOX: Final = "busybox-static"
-# ethtool, which busybox has not: packages, and what of them goes into the image.
-_PACKAGES: Final = (_BUSYBOX, "ethtool", "libmnl0", "libc6")
-_FILES: Final = (
-    *("sbin/ethtool", "lib64/*", "usr/lib/x86_64-linux-gnu/libmnl.so.*"),
-    *("lib/x86_64-linux-gnu/ld-linux*", "lib/x86_64-linux-gnu/lib[cm].so.6"),
-)
-_MODULES: Final = ("virtio_pci", "virtio_net")
 _FOLDERS: Final = ("bin", "dev", "proc", "sys", "tmp", "www")
 
-# What the image with tools has besides. Of Debian 12's packages these are those that the
-# tools run with, without what only their installation needs.
-_MORE_PACKAGES: Final = (
-    *("python3.11-minimal", "libpython3.11-minimal", "libexpat1", "zlib1g"),
-    *("iperf3", "libiperf0", "libsctp1", "libssl3"),
-)
-_MORE_FILES: Final = (
-    *("usr/bin/python3*", "usr/bin/iperf3", "usr/lib/python3*/**/*.py"),
-    *("lib/x86_64-linux-gnu/*.so*", "usr/lib/x86_64-linux-gnu/*.so*"),
-)
-_MORE_MODULES: Final = ("8021q",)
-
 # One line of the harness is one command; its status follows on a line of its own. `head`
-# reads it, as busybox's `read` forgets half a line when a child ends meanwhile. The
-# address comes with the kernel's command line, so all guests boot the same image.
+# reads it, as busybox's `read` forgets half a line when a child ends meanwhile.
 _INIT: Final = """\
 #!/bin/busybox sh
 /bin/busybox --install -s /bin
@@ -58,12 +36,7 @@ mount -t devtmpfs devtmpfs /dev
 mount -t tmpfs tmpfs /tmp
 for module in $(cat /modules/order); do insmod /modules/$module.ko; done
 ip link set lo up
-address=$(sed -n 's/.*vswitch.address=\\([^ ]*\\).*/\\1/p' /proc/cmdline)
-if [ -n "$address" ] && [ -e /sys/class/net/eth0 ]; then
-    ip address add "$address" dev eth0
-    ip link set eth0 up
-fi
-exec </dev/ttyS1 >/dev/ttyS1 2>&1
+{set_up}exec </dev/ttyS1 >/dev/ttyS1 2>&1
 stty raw -echo
 echo '@@ ready'
 while line=$(head -n 1); do
@@ -72,6 +45,63 @@ while line=$(head -n 1); do
 done
 poweroff -f
 """
+
+
+# The address comes with the kernel's command line, so all guests boot the same image.
+_TAKE_ADDRESS: Final = """\
+address=$(sed -n 's/.*vswitch.address=\\([^ ]*\\).*/\\1/p' /proc/cmdline)
+if [ -n "$address" ] && [ -e /sys/class/net/eth0 ]; then
+    ip address add "$address" dev eth0
+    ip link set eth0 up
+fi
+"""
+
+
+class Recipe(NamedTuple):
+    """What an image is made of.
+
+    Attributes:
+        kernel: The Debian package that depends on the newest kernel of its kind.
+        packages: Those that files are taken from; busybox is in every image.
+        files: Patterns of these files.
+        modules: Kernel modules that are loaded at boot, after what they need.
+        set_up: Lines of shell before the guest is ready.
+    """
+
+    kernel: str
+    packages: tuple[str, ...]
+    files: tuple[str, ...]
+    modules: tuple[str, ...]
+    set_up: str
+
+
+# With ethtool, which busybox has not.
+PLAIN: Final = Recipe(
+    kernel="linux-image-cloud-amd64",
+    packages=("ethtool", "libmnl0", "libc6"),
+    files=(
+        *("sbin/ethtool", "lib64/*", "usr/lib/x86_64-linux-gnu/libmnl.so.*"),
+        *("lib/x86_64-linux-gnu/ld-linux*", "lib/x86_64-linux-gnu/lib[cm].so.6"),
+    ),
+    modules=("virtio_pci", "virtio_net"),
+    set_up=_TAKE_ADDRESS,
+)
+
+# Of Debian 12's packages these are those that the tools run with, without what only their
+# installation needs.
+TOOLS: Final = PLAIN._replace(
+    packages=(
+        *PLAIN.packages,
+        *("python3.11-minimal", "libpython3.11-minimal", "libexpat1", "zlib1g"),
+        *("iperf3", "libiperf0", "libsctp1", "libssl3"),
+    ),
+    files=(
+        *PLAIN.files,
+        *("usr/bin/python3*", "usr/bin/iperf3", "usr/lib/python3*/**/*.py"),
+        *("lib/x86_64-linux-gnu/*.so*", "usr/lib/x86_64-linux-gnu/*.so*"),
+    ),
+    modules=(*PLAIN.modules, "8021q"),
+)
 
 
 class Image(NamedTuple):
@@ -90,32 +120,32 @@ def cache_dir() -> Path:
     return Path(home) / "vswitch"
 
 
-def cached(*, tools: bool = False) -> Image | None:
-    """The image, or the one with tools, if it has been made before."""
-    folder = _folder(tools=tools)
+def cached(recipe: Recipe = PLAIN) -> Image | None:
+    """The recipe's image, if it has been made before."""
+    folder = _folder(recipe)
     image = Image(folder / "vmlinuz", folder / "initramfs.cpio")
     return image if all(path.is_file() for path in image) else None
 
 
-def prepare(*, tools: bool = False) -> Image:
-    """Fetch and build the image, or the one with tools, unless it is there.
+def prepare(recipe: Recipe = PLAIN) -> Image:
+    """Fetch and build the recipe's image unless it is there.
 
     Raises:
         VswitchError: There is no apt-get, or it does not know the packages.
     """
-    image = cached(tools=tools)
+    image = cached(recipe)
     if image is not None:
         return image
-    folder = _folder(tools=tools)
+    folder = _folder(recipe)
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="image-", dir=folder.parent) as name:
         work = Path(name)
         built = work / "built"
         built.mkdir()
-        _build(work, built, tools=tools)
+        _build(work, built, recipe)
         with suppress(OSError):  # another process was faster: its image is as good
             built.rename(folder)
-    image = cached(tools=tools)
+    image = cached(recipe)
     if image is None:
         text = (
             f"cannot keep the guest image in {folder}: it is not there after building"
@@ -124,42 +154,26 @@ def prepare(*, tools: bool = False) -> Image:
     return image
 
 
-def _folder(*, tools: bool) -> Path:
-    recipe = repr((_KERNEL, _contents(tools=tools), _FOLDERS, _INIT))
-    return cache_dir() / f"guest-{sha256(recipe.encode()).hexdigest()[:12]}"
+def _folder(recipe: Recipe) -> Path:
+    text = repr((recipe, _FOLDERS, _INIT))
+    return cache_dir() / f"guest-{sha256(text.encode()).hexdigest()[:12]}"
 
 
-class _Contents(NamedTuple):
-    """What goes into an initial file system, from where."""
-
-    packages: tuple[str, ...]
-    files: tuple[str, ...]
-    modules: tuple[str, ...]
-
-
-def _contents(*, tools: bool) -> _Contents:
-    if not tools:
-        return _Contents(_PACKAGES, _FILES, _MODULES)
-    return _Contents(
-        _PACKAGES + _MORE_PACKAGES, _FILES + _MORE_FILES, _MODULES + _MORE_MODULES
-    )
-
-
-def _build(work: Path, built: Path, *, tools: bool) -> None:
+def _build(work: Path, built: Path, recipe: Recipe) -> None:
     unpacked = work / "unpacked"
-    contents = _contents(tools=tools)
-    _fetch(work, (_real_package(_KERNEL), *contents.packages), unpacked)
+    kernel = _real_package(recipe.kernel)
+    _fetch(work, (kernel, "busybox-static", *recipe.packages), unpacked)
     shutil.copy(next((unpacked / "boot").glob("vmlinuz-*")), built / "vmlinuz")
     root = work / "root"
     for folder in (*_FOLDERS, "modules"):
         (root / folder).mkdir(parents=True)
     shutil.copy(unpacked / "bin" / "busybox", root / "bin" / "busybox")
-    (root / "init").write_text(_INIT)
+    (root / "init").write_text(_INIT.replace("{set_up}", recipe.set_up))
     (root / "init").chmod(0o755)
-    _copy_files(unpacked, contents.files, root)
-    _copy_modules(unpacked, contents.modules, root / "modules")
-    if tools:
-        _prepare_python(root)
+    _copy_files(unpacked, recipe.files, root)
+    _copy_modules(unpacked, recipe.modules, root / "modules")
+    for python in (root / "usr" / "bin").glob("python3*"):
+        _prepare_python(root, python.name)
     _pack(root, built / "initramfs.cpio")
 
 
@@ -171,12 +185,11 @@ def _copy_files(unpacked: Path, patterns: tuple[str, ...], root: Path) -> None:
         shutil.copy(path, copy, follow_symlinks=False)
 
 
-def _prepare_python(root: Path) -> None:
+def _prepare_python(root: Path, name: str) -> None:
     """Do what its installation would."""
-    (python,) = (root / "usr" / "bin").glob("python3*")
-    (root / "bin" / "python3").symlink_to(Path("/usr/bin") / python.name)
+    (root / "bin" / "python3").symlink_to(Path("/usr/bin") / name)
     # Or it says that it has none.
-    (root / "usr" / "lib" / python.name / "lib-dynload").mkdir()
+    (root / "usr" / "lib" / name / "lib-dynload").mkdir()
 
 
 def _real_package(name: str) -> str:

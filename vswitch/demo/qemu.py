@@ -31,6 +31,10 @@ NO_OFFLOADS: Final = ",".join(
         *("guest_ufo", "host_tso4", "host_tso6", "host_ecn", "host_ufo"),
     )
 )
+_HOST_FILES: Final = (
+    *("-cpu", "max", "-device", "virtio-9p-pci,fsdev=host,mount_tag=host"),
+    *("-fsdev", "local,id=host,path=/,security_model=none,readonly=on,multidevs=remap"),
+)
 _KERNEL_ARGUMENTS: Final = "console=ttyS0 quiet panic=-1 nokaslr mitigations=off"
 
 
@@ -59,6 +63,8 @@ class Machine(NamedTuple):
         incoming: It does not boot but waits for a guest that moves here.
         from_network: Boot with iPXE, which drives the network device before Linux does,
             instead of straight from the image.
+        host_files: The guest can mount this machine's files, which it cannot change (9p,
+            by the tag "host"), and has a processor that can run its programs.
     """
 
     name: str
@@ -78,6 +84,7 @@ class Machine(NamedTuple):
     halted: bool = False
     incoming: bool = False
     from_network: bool = False
+    host_files: bool = False
 
 
 def is_installed() -> bool:
@@ -304,6 +311,7 @@ def _command(image: Image, machine: Machine, console: Path, monitor: int) -> lis
         *_kernel(image, machine),
         *_memory(machine),
         *_network(machine),
+        *(_HOST_FILES if machine.host_files else ()),
         *(("-S",) if machine.halted else ()),
         *(("-incoming", "defer") if machine.incoming else ()),
     ]
