@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from typing import Final
 
 from ports import packet_socket
-from ports.base import KIND_ETH, MAX_PAIRS
+from ports.base import KIND_ETH
 from ports.errors import PortError, errno_name
 from ports.host import Host, Mapping
 from ports.interface import InterfacePort, move_addresses
@@ -37,8 +37,11 @@ class EthPort(InterfacePort):
 
     kind = "eth"
 
-    def __init__(self, host: Host, slot: int, name: str, interface: str) -> None:
+    def __init__(
+        self, host: Host, slot: int, name: str, interface: str, most_queues: int
+    ) -> None:
         super().__init__(host, slot, name, interface)
+        self._most_queues = most_queues
         self._sockets: list[socket.socket] = []
         self._mappings: list[Mapping] = []  # of their rings
         self._receiver = self._sender = 0
@@ -123,4 +126,4 @@ class EthPort(InterfacePort):
         return (move_addresses(self.interface, addresses, "guests cannot"),)
 
     def _most_pairs(self) -> int:
-        return min(len(self._host.active), MAX_PAIRS)
+        return min(len(self._host.active), self._most_queues)

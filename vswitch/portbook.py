@@ -23,11 +23,6 @@ from vswitch.workers import Workers
 
 _GUEST_ADDRESSES: Final = 16384
 _UPLINK_ADDRESSES: Final = 65536
-# Ports on interfaces that are there.
-_INTERFACES: Final[dict[str, type[EthPort | XdpPort]]] = {
-    endpoint.ETH: EthPort,
-    endpoint.XDP: XdpPort,
-}
 
 _log = logging.getLogger(__name__)
 
@@ -195,6 +190,11 @@ class PortBook:
     ) -> Port:
         backend = wanted["backend"]
         _check_backend(backend, leads_to)
+        if leads_to.kind == endpoint.XDP and wanted.get("queues") is not None:
+            text = (
+                f"cannot choose the queues of {leads_to.text}: it takes all there are"
+            )
+            raise ConfigError(f"{text} (ethtool -L {leads_to.rest} combined N)")
         pairs = _number(wanted, "queues", MAX_PAIRS, MAX_PAIRS)
         guest = leads_to.kind == endpoint.VHOST
         limit = _GUEST_ADDRESSES if guest else _UPLINK_ADDRESSES
@@ -216,7 +216,9 @@ class PortBook:
         check_name(leads_to.kind, leads_to.rest)
         if leads_to.kind == endpoint.TAP:
             return TapPort(self._workers, slot, name, leads_to.rest, pairs, backend)
-        return _INTERFACES[leads_to.kind](self._workers, slot, name, leads_to.rest)
+        if leads_to.kind == endpoint.ETH:
+            return EthPort(self._workers, slot, name, leads_to.rest, pairs)
+        return XdpPort(self._workers, slot, name, leads_to.rest)
 
     def _free_slot(self) -> int:
         taken = set(self.slots.values())

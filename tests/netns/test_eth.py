@@ -336,6 +336,14 @@ def test_flows_are_spread_over_workers_and_stay_in_order(two_workers, make_bench
     assert (counted["rx_frames"], counted["tx_frames"]) == (401, 401)
 
 
+def test_it_has_no_more_sockets_than_it_may(two_workers, make_bench, far):
+    bench = make_bench(two_workers)
+    bench.cable("few0", far)
+    bench.uplink("eth", "few0", queues=1)
+    assert two_workers.port("few0")["queues"] == {"enabled": 1, "max": 1}
+    assert_passes_both_ways(bench.guest("vm"), bench.wire("few0", far))
+
+
 def test_flows_stay_spread_while_an_interface_goes_down_and_up(
     two_workers, make_bench, namespace, far
 ):
@@ -429,7 +437,7 @@ def test_a_kernel_that_spreads_no_flows_while_down_does_once_up(
     host = FewHost()
 
     async def go_through():
-        port = EthPort(host, 0, "old1", "old1")
+        port = EthPort(host, 0, "old1", "old1", 8)
         await port.open()
         assert port.queues() == {"enabled": 1, "max": 2}
         assert "is down" in port.state().reason

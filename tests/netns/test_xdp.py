@@ -218,6 +218,13 @@ def test_what_the_driver_refuses_is_explained(
     assert namespace.link("odd2")["promiscuity"] == 0
 
 
+def test_a_choice_of_queues_is_refused(bench, switch, far):
+    bench.cable("odd4", far)
+    text = r"cannot choose the queues of xdp:odd4: .* \(ethtool -L odd4 combined N\)"
+    with pytest.raises(RefusedError, match=text):
+        switch.add_port("odd", "xdp:odd4", queues=1)
+
+
 def test_an_interface_that_another_program_has_is_refused(
     start, bench, switch, namespace, far
 ):
