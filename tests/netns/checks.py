@@ -121,13 +121,19 @@ class Traffic:
 
 
 def send_and_kill(send, frames, switch):
-    """Send at a pace at which a ring holds what comes while there is no worker."""
+    """Send at a pace at which a ring holds what comes while there is no worker.
+
+    The last one is sure to arrive: it is sent when nothing else is on the way.
+    """
     (worker,) = switch.workers("active")
-    for number, one in enumerate(frames):
+    for number, one in enumerate(frames[:-1]):
         send(one)
         if number == len(frames) // 2:
             os.kill(worker["pid"], signal.SIGKILL)
         time.sleep(0.0003)
+    switch.wait_for_workers(1, 1)
+    wait_for_sleep(switch)
+    send(frames[-1])
 
 
 def assert_a_burst_at_most(numbers, sent, counted):
