@@ -444,9 +444,9 @@ def test_a_kernel_that_spreads_no_flows_while_down_does_once_up(
         monkeypatch.setattr(packet_socket, "begin_fanout", begin)
         namespace.ip("link set old1 up")
         async with asyncio.timeout(20):
-            while port.state().word != "up":
+            while port.queues() != {"enabled": 2, "max": 2}:
                 await asyncio.sleep(0.01)
-        assert port.queues() == {"enabled": 2, "max": 2}
+        assert port.state().word == "up"
         assert host.ports[0]["pairs"] == 2
         assert host.rings["owner"][host.rings["kick_fd"] > 0].tolist() == [0, 0, 1, 1]
         await port.close()
