@@ -5,23 +5,13 @@ Each is a context manager that, given three namespaces and a number, makes inter
 the one between. All exist at the same time, so that they can take turns.
 """
 
-import os
-import shutil
-import signal
-import subprocess
-import tempfile
-import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
-from pathlib import Path
 from typing import Final, NamedTuple
 
+from bench import daemon, ovs
 from bench.namespace import Namespace
 from bench.rig import switch
-
-_OVS_COMMANDS: Final = ("ovsdb-tool", "ovsdb-server", "ovs-vswitchd", "ovs-vsctl")
-_OVS_SCHEMA: Final = Path("/usr/share/openvswitch/vswitch.ovsschema")
-_START_S: Final = 20.0
 
 
 class Land(NamedTuple):
@@ -131,11 +121,7 @@ WAYS: Final[dict[str, Builder]] = {
 
 def missing(name: str) -> str:
     """Why a way cannot be had here, or nothing."""
-    if name.startswith("ovs"):
-        for command in _OVS_COMMANDS:
-            if shutil.which(command) is None:
-                return f"{command} is not installed"
-    return ""
+    return ovs.missing() if name.startswith("ovs") else ""
 
 
 @contextmanager
@@ -153,52 +139,12 @@ def _ours(land: Land) -> Iterator[Callable[[str], None]]:
 
 
 @contextmanager
-def _ovs(land: Land, name: str) -> Iterator[Callable[..., None]]:
+def _ovs(land: Land, name: str) -> Iterator[Callable[..., str]]:
     """Open vSwitch in the middle with a bridge of that name; yields its `ovs-vsctl`."""
-    with ExitStack() as owned:
-        directory = Path(
-            owned.enter_context(tempfile.TemporaryDirectory(prefix="vswitch-bench-"))
-        )
-        database = f"unix:{directory}/db.sock"
-        environment = os.environ | {"OVS_RUNDIR": str(directory)}
-
-        def run(*command: str) -> None:
-            subprocess.run(command, check=True, env=environment, timeout=_START_S)
-
-        def start(*command: str) -> None:
-            log = f"--log-file={directory}/{command[0]}.log"
-            arguments = [*land.middle.prefix, *command, log, "--verbose=console:off"]
-            process = subprocess.Popen(
-                arguments, env=environment, stderr=subprocess.DEVNULL
-            )
-            owned.callback(_end, process)
-
-        run("ovsdb-tool", "create", f"{directory}/conf.db", str(_OVS_SCHEMA))
-        start("ovsdb-server", f"{directory}/conf.db", f"--remote=p{database}")
-        _wait_for(directory / "db.sock")
-        control = ("ovs-vsctl", f"--db={database}")
-        run(*control, "--no-wait", "init")
-        start("ovs-vswitchd", database)
-        run(
-            *(*control, f"--timeout={_START_S:.0f}", "add-br", name, "--"),
-            *("set", "bridge", name, "datapath_type=netdev"),
-        )
-        yield lambda *command: run(*control, *command)
-
-
-def _end(process: "subprocess.Popen[bytes]") -> None:
-    process.send_signal(signal.SIGTERM)
-    try:
-        process.wait(timeout=_START_S)
-    except subprocess.TimeoutExpired:
-        process.kill()
-        process.wait()
-
-
-def _wait_for(path: Path) -> None:
-    deadline = time.monotonic() + _START_S
-    while not path.exists():
-        if time.monotonic() > deadline:
-            message = f"{path} did not appear within {_START_S:.0f} s"
-            raise TimeoutError(message)
-        time.sleep(0.01)
+    with (
+        daemon.run_directory() as directory,
+        ovs.running(directory, prefix=land.middle.prefix) as running,
+    ):
+        bridge = ("set", "bridge", name, "datapath_type=netdev")
+        running.control("add-br", name, "--", *bridge)
+        yield running.control
