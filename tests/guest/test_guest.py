@@ -41,6 +41,15 @@ def test_a_frame_comes_back_as_it_was_sent(attach, packed):
     assert bool(guest.features & PACKED) == packed
 
 
+@FORMATS
+def test_a_ring_is_kicked_at_its_first_offer(attach, packed):
+    """VPP serves a ring from its first kick on, whatever it asked for."""
+    guest = attach(packed=packed)
+    assert [int(ring["kicks"]) for ring in guest.rings] == [1, 0]
+    echo(guest, bytes(60))
+    assert int(guest.rings[1]["kicks"]) == 1
+
+
 @pytest.mark.parametrize("start", [0, NEAR_WRAP, 65535])
 @pytest.mark.parametrize(
     "features",

@@ -4,7 +4,15 @@ import numpy as np
 import pytest
 
 from vswitch.guest import DEFAULT_FEATURES, GuestError, stream
-from vswitch.guest.traffic import Generator, Sink, Totals, hammer, latency, run
+from vswitch.guest.traffic import (
+    Generator,
+    Sink,
+    Totals,
+    hammer,
+    latency,
+    run,
+    spread,
+)
 
 PACKED, IN_ORDER = 1 << 34, 1 << 35
 
@@ -105,6 +113,40 @@ def test_raw_frames_pass_and_the_rings_stay_usable(attach, start, ring):
     guest.send_all(bytes(60))
     assert guest.receive(timeout=5.0) == [bytes(60)]
     assert guest.faults() == {}
+
+
+@pytest.mark.parametrize("raw", [True, False])
+def test_many_addresses_take_turns(attach, raw):
+    guest = attach(queue_size=64)
+    generator = Generator(
+        guest, "02:00:00:09:ab:cd", addresses=256, raw=raw, frames=300
+    )
+    got = []
+    while len(got) < 300:
+        generator.record["limit"] = len(got) + 60
+        run([generator], [], seconds=30, linger=0)
+        got += guest.receive(timeout=5.0, at_least=60)
+    assert [frame[:6] for frame in got] == (spread("02:00:00:09:ab:cd", 256) * 2)[:300]
+    assert len(set(spread("02:00:00:09:ab:cd", 256))) == 256
+
+
+def test_one_address_is_the_address_itself():
+    assert spread("02:00:00:09:ab:cd", 1) == [bytes.fromhex("02000009abcd")]
+
+
+@pytest.mark.parametrize("count", [0, 3, 1 << 17])
+def test_other_numbers_of_addresses_are_refused(attach, count):
+    guest = attach(queue_size=64)
+    with pytest.raises(GuestError, match="power of two"):
+        Generator(guest, guest, addresses=count)
+
+
+def test_several_sinks_count_their_own_bytes(attach):
+    guests = [attach(queue_size=64) for _ in range(2)]
+    generators = [Generator(guest, guest, frames=100) for guest in guests]
+    sinks = [Sink(guest) for guest in guests]
+    totals = run(generators, sinks, seconds=30, linger=10, enough=200)
+    assert (totals.received, totals.bytes) == (200, 12800)
 
 
 def test_numbers_go_on_from_run_to_run(attach):

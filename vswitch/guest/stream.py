@@ -53,6 +53,7 @@ from vswitch.guest.ring import (
     take_slot,
 )
 
+ADDRESS_OFFSET: Final = 4  # the destination's last two bytes
 LENGTH_OFFSET: Final = 14
 WORD_OFFSET: Final = 20
 PAYLOAD_OFFSET: Final = 28
@@ -78,6 +79,7 @@ GENERATOR: Final = np.dtype(
         ("min_len", "<i8"),
         ("max_len", "<i8"),
         ("template", "<i8"),  # address of the first WORD_OFFSET bytes
+        ("address_mask", "<i8"),  # of the number's bits that end the destination; or 0
         ("bytes", "<i8"),
         ("full", "<i8"),  # times that the ring had no room
     ]
@@ -259,8 +261,12 @@ def _generate_raw(generator: Record, ring: Record, room: int) -> int:
     word = _word(int(generator["flow"]), first)
     slot = raw_next(ring)
     size = int(ring["size"])
+    mask = int(generator["address_mask"])
     for i in range(count):
-        store_any_u64(words + slot * stride, word + i)
+        at = words + slot * stride
+        store_any_u64(at, word + i)
+        if mask != 0:
+            store_any_u16(at - WORD_OFFSET + ADDRESS_OFFSET, (first + i) & mask)
         slot += 1
         if slot == size:
             slot = 0
@@ -276,6 +282,7 @@ def _generate_built(generator: Record, ring: Record, room: int) -> int:
     """Write each frame anew, as a driver does."""
     reap(ring)
     flow = int(generator["flow"])
+    mask = int(generator["address_mask"])
     sent = 0
     while sent < room and free_slots(ring) > 0:
         number = int(generator["next"])
@@ -286,6 +293,8 @@ def _generate_built(generator: Record, ring: Record, room: int) -> int:
         clear_header(buffer)
         frame = buffer + header
         copy_bytes(frame, int(generator["template"]), WORD_OFFSET)
+        if mask != 0:
+            store_any_u16(frame + ADDRESS_OFFSET, number & mask)
         store_any_u16(frame + LENGTH_OFFSET, length)
         store_any_u64(frame + WORD_OFFSET, _word(flow, number))
         if int(generator["fill"]) != 0:

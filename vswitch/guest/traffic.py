@@ -27,6 +27,7 @@ ETHERTYPE: Final = 0x88B5  # for local experiments, IEEE 802
 _NO_LIMIT: Final = 1 << 39
 _ROOM: Final = 1 << 20
 _FINISH_S: Final = 10.0
+_MOST_ADDRESSES: Final = 1 << 16
 _SWEEP_S: Final = 0.001
 _COUNTED: Final = ("lost", "reordered", "duplicates", "corrupt", "received")
 
@@ -95,6 +96,7 @@ class Generator:
         dst: Guest | str | bytes,
         length: int | tuple[int, int] = 64,
         *,
+        addresses: int = 1,
         flow: int = 0,
         queue: int = 0,
         raw: bool = True,
@@ -108,6 +110,7 @@ class Generator:
             guest: Who sends.
             dst: To whom.
             length: Bytes of a frame, or a range of lengths; raw takes only one.
+            addresses: How many destinations take turns: `spread(dst, addresses)`.
             flow: A number that tells streams to one sink apart, below its `flows`.
             queue: The queue pair to send on.
             raw: Write frames once, then only number them.
@@ -120,6 +123,7 @@ class Generator:
         self._check(layout, least, most, raw=raw, verify=verify)
         self.layout, self.length = layout, most
         mac = dst.mac if isinstance(dst, Guest) else mac_bytes(dst)
+        _check_addresses(addresses)
         start = mac + guest.mac + ETHERTYPE.to_bytes(2, "big")
         start += least.to_bytes(2, "little") if least == most else bytes(2)
         self._template = np.zeros(stream.WORD_OFFSET, np.uint8)
@@ -137,6 +141,7 @@ class Generator:
             min_len=least,
             max_len=most,
             template=self._template.ctypes.data,
+            address_mask=addresses - 1,
         )
 
     @staticmethod
@@ -188,6 +193,26 @@ class Generator:
             return driver.raw_room(layout.ring, size) == size
         driver.reap(layout.ring)
         return layout.outstanding == 0
+
+
+def spread(mac: str | bytes, count: int) -> list[bytes]:
+    """The addresses that a generator with so many of them sends to.
+
+    Their first four bytes are those of `mac`; with one address it is `mac` itself.
+    """
+    _check_addresses(count)
+    raw = mac_bytes(mac)
+    if count == 1:
+        return [raw]
+    return [raw[:4] + number.to_bytes(2, "little") for number in range(count)]
+
+
+def _check_addresses(count: int) -> None:
+    if not 0 < count <= _MOST_ADDRESSES or count & (count - 1):
+        raise GuestError(
+            f"cannot send to {count} addresses: it takes a power of two up to "
+            f"{_MOST_ADDRESSES}"
+        )
 
 
 class Sink:
@@ -356,6 +381,11 @@ def _cycles() -> int:
 
 def _count(generators: Sequence[Generator], sinks: Sequence[Sink]) -> Totals:
     totals = Totals(sent=sum(generator.sent for generator in generators))
+    sent = {
+        int(generator.record["flow"]): generator.length
+        for generator in generators
+        if generator.record["raw"]
+    }
     for sink in sinks:
         totals.foreign += int(sink.record["foreign"])
         for name in _COUNTED:
@@ -366,11 +396,9 @@ def _count(generators: Sequence[Generator], sinks: Sequence[Sink]) -> Totals:
         totals.bytes += int(sink.record["bytes"])
         if sink.record["raw"]:
             # Lengths are not looked at; those of the stream tell.
-            for generator in generators:
-                flow = int(generator.record["flow"])
-                if generator.record["raw"] and flow < len(sink.flows):
-                    arrived = int(sink.flows[flow]["received"])
-                    totals.bytes += arrived * generator.length
+            for flow, length in sent.items():
+                if flow < len(sink.flows):
+                    totals.bytes += int(sink.flows[flow]["received"]) * length
     return totals
 
 
