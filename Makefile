@@ -1,6 +1,6 @@
 # Bare `make` lists the targets; anything longer than a line is in .ci/ or a tool's own file.
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-tests demo test check lint test-fast test-python test-bounds bench bench-tcp bench-uplink format clean
+.PHONY: help setup setup-tests demo test check lint test-fast test-python test-bounds bench bench-full bench-quick bench-tcp bench-uplink format clean
 
 BIN := .venv/bin
 # Two at a time, a file as a whole: most of a test is waiting, and a file shares a switch.
@@ -37,8 +37,14 @@ test-python: setup-tests ## run the unit tests with Numba switched off
 test-bounds: setup-tests ## run the unit tests with every array index checked
 	@NUMBA_BOUNDSCHECK=1 $(BIN)/python -m pytest $(UNIT)
 
-bench: setup-tests ## measure guest to guest
-	@$(BIN)/python -m bench.guest_to_guest
+bench: setup-tests ## measure this switch beside its peers, those that are installed
+	@$(BIN)/python -m bench
+
+bench-full: setup-tests ## the same with all cases and more slices
+	@$(BIN)/python -m bench --full
+
+bench-quick: setup-tests ## tell whether this switch has become slower (bench/baseline.json)
+	@$(BIN)/python -m bench.baseline
 
 bench-tcp: setup-tests ## measure TCP between real guests, with and without offloads
 	@$(BIN)/python -m bench.tcp
@@ -50,4 +56,4 @@ format: setup-tests ## rewrite the sources as ruff likes them
 	@$(BIN)/ruff format . && $(BIN)/ruff check --fix .
 
 clean: ## remove what was made here; caches in the home directory stay
-	@rm -rf .venv .stamps .mypy_cache .ruff_cache .pytest_cache .hypothesis dist build
+	@rm -rf .venv .stamps .mypy_cache .ruff_cache .pytest_cache .hypothesis bench-report dist build

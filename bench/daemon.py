@@ -4,6 +4,7 @@ import os
 import shutil
 import signal
 import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -17,6 +18,11 @@ _LAST_WORDS: Final = 500
 
 class DaemonError(Exception):
     """One did not start, or did not do what it should."""
+
+
+def end_in_order() -> None:
+    """From now on SIGTERM ends this process as Ctrl-C does: with all that it started."""
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
 
 
 def missing(commands: Sequence[str], package: str) -> str:

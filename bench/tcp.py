@@ -13,7 +13,6 @@ work is the limit, not the switch's; offloads save the guests work for every fra
 
 import argparse
 import json
-import os
 import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -21,8 +20,11 @@ from pathlib import Path
 from statistics import median
 from typing import Any, Final, NamedTuple
 
-from bench import machine
+from bench import daemon, machine, report
+from bench.judge import spread
 from bench.rig import switch
+from bench.turns import take_turns
+from vswitch import tables
 from vswitch.control.client import Client
 from vswitch.demo import image
 from vswitch.demo.qemu import Machine, QemuGuest
@@ -98,29 +100,33 @@ def main() -> None:
     parser.add_argument("--slices", type=int, default=5, help="of each case")
     parser.add_argument("-j", "--json", action="store_true")
     options = parser.parse_args()
-    busy = os.getloadavg()[0]
+    facts = machine.statement() | {"guests": "QEMU's interpreter (TCG)"}
     with pairs(CASES) as running:
         for pair in running:
             pair.run(_WARM_S)
-        slices: dict[Case, list[Slice]] = {case: [] for case in CASES}
-        for _ in range(options.slices):
-            for pair in running:
-                slices[pair.case].append(pair.run(options.seconds))
+        found = take_turns(
+            options.slices, running, lambda pair: pair.run(options.seconds)
+        )
+    slices = dict(zip(CASES, found, strict=True))
     _check(slices)
     if options.json:
         for case, measured in slices.items():
             print(json.dumps(_as_json(case, measured)))
         return
-    cpus = len(os.sched_getaffinity(0))
-    print(
-        f"{machine.processor()}, {cpus} processors, load {busy:.1f} before; TCG guests"
-    )
-    print("rings   offloads  Gb/s  (least to most)  bytes a frame  retransmits")
-    for case, measured in slices.items():
-        print(_row(case, measured))
+    print(report.facts(facts))
+    rows = [_row(case, measured) for case, measured in slices.items()]
+    head = ("rings", "offloads", "Gb/s", "bytes a frame", "retransmits")
+    print(tables.align(head, rows, frozenset({2, 3, 4})))
     for rings in dict.fromkeys(case.rings for case in CASES):
-        gain = _rate(slices[Case(rings, True)]) / _rate(slices[Case(rings, False)])
-        print(f"{rings} rings: {gain:.1f} times as fast with offloads")
+        ratio = spread(
+            [
+                one.gbps / other.gbps
+                for one, other in zip(
+                    slices[Case(rings, True)], slices[Case(rings, False)], strict=True
+                )
+            ]
+        )
+        print(f"{rings} rings: {ratio} times as fast with offloads")
 
 
 @contextmanager
@@ -168,26 +174,18 @@ def _check(slices: dict[Case, list[Slice]]) -> None:
                 sys.exit(f"{case.name}: {one.bytes_per_frame:.0f} bytes a frame")
 
 
-def _rate(slices: list[Slice]) -> float:
-    return median(one.gbps for one in slices)
-
-
-def _row(case: Case, slices: list[Slice]) -> str:
-    rates = [one.gbps for one in slices]
-    spread = f"({min(rates):.2f} to {max(rates):.2f})"
+def _row(case: Case, slices: list[Slice]) -> tuple[str, ...]:
     size = median(one.bytes_per_frame for one in slices)
     again = sum(one.retransmits for one in slices)
     offloads = "with" if case.offloads else "without"
-    return (
-        f"{case.rings:6}  {offloads:8}  {_rate(slices):4.2f}  {spread:15}"
-        f"  {size:13.0f}  {again:11}"
-    )
+    rate = str(spread([one.gbps for one in slices]))
+    return case.rings, offloads, rate, f"{size:.0f}", str(again)
 
 
 def _as_json(case: Case, slices: list[Slice]) -> dict[str, Any]:
     return {
         "name": case.name,
-        "value": _rate(slices),
+        "value": median(one.gbps for one in slices),
         "unit": "Gb/s",
         "better": "higher",
         "slices": [one._asdict() for one in slices],
@@ -195,4 +193,5 @@ def _as_json(case: Case, slices: list[Slice]) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
+    daemon.end_in_order()
     main()

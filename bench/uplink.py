@@ -10,7 +10,6 @@ interface received. A ratio is the median over the slices' own, each with its ne
 
 import argparse
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -20,10 +19,13 @@ from contextlib import ExitStack, contextmanager
 from statistics import median
 from typing import Any, Final, NamedTuple
 
-from bench import machine
+from bench import daemon, machine, report
 from bench.blast import Blaster
+from bench.judge import spread
 from bench.namespace import Namespace
+from bench.turns import take_turns
 from bench.ways import WAYS, Land, missing
+from vswitch import tables
 
 _BASE: Final = {"tap": "ovs tap", "eth": "ovs veth", "xdp": "ovs veth"}
 _START_S: Final = 30.0
@@ -96,7 +98,7 @@ def main() -> None:
         parser.error(f"no such way: {', '.join(unknown)} (known: {', '.join(WAYS)})")
     if shutil.which("iperf3") is None:
         sys.exit("cannot measure TCP: there is no iperf3 (apt-get install iperf3)")
-    busy = os.getloadavg()[0]
+    facts = machine.statement()
     with ways(names) as present:
         found = measure(present, options.seconds, options.slices)
     if options.json:
@@ -104,24 +106,22 @@ def main() -> None:
             for figure in _as_json(name, measured):
                 print(json.dumps(figure))
         return
-    cpus = len(os.sched_getaffinity(0))
-    print(f"{machine.processor()}, {cpus} processors, load {busy:.1f} before")
-    print("way       TCP Gb/s  (least to most)    60 B Mpps  (least to most)")
-    for name, measured in found.items():
-        print(f"{name:8}{_figure(measured.tcp)}    {_figure(measured.small)}")
-    for line in _ratios(found):
-        print(line)
+    print(report.facts(facts))
+    rows = [
+        (name, *(str(spread(values)) for values in measured))
+        for name, measured in found.items()
+    ]
+    print(tables.align(("way", "TCP Gb/s", "60 B Mpps"), rows, frozenset({1, 2})))
+    head = ("way", "to", "TCP", "60 B")
+    print(tables.align(head, list(_ratios(found)), frozenset({2, 3})))
 
 
 def measure(present: list[Way], seconds: int, slices: int) -> dict[str, Measured]:
-    """Let the ways take turns."""
-    found = {way.name: Measured([], []) for way in present}
-    for _ in range(slices):
-        for way in present:
-            found[way.name].tcp.append(way.tcp(seconds))
-        for way in present:
-            found[way.name].small.append(way.small(seconds))
-    return found
+    """Let the ways take turns, with one kind of traffic after the other."""
+    tcp = take_turns(slices, present, lambda way: way.tcp(seconds))
+    small = take_turns(slices, present, lambda way: way.small(seconds))
+    names = [way.name for way in present]
+    return dict(zip(names, map(Measured, tcp, small), strict=True))
 
 
 @contextmanager
@@ -170,23 +170,16 @@ def _await_answer(way: Way) -> None:
             return
 
 
-def _figure(values: list[float]) -> str:
-    spread = f"({min(values):.2f} to {max(values):.2f})"
-    return f"{median(values):10.2f}  {spread:16}"
-
-
-def _ratios(found: dict[str, Measured]) -> Iterator[str]:
+def _ratios(found: dict[str, Measured]) -> Iterator[tuple[str, ...]]:
     """Each of our ways beside the others'."""
     pairs = [(way, base) for way in _BASE for base in ("bridge", _BASE[way])]
     for name, base in pairs:
         if name in found and base in found:
-            tcp = _ratio(found[name].tcp, found[base].tcp)
-            small = _ratio(found[name].small, found[base].small)
-            yield f"{name} to {base}: TCP {tcp:.2f}, small frames {small:.2f}"
+            yield name, base, *map(_ratio, found[name], found[base])
 
 
-def _ratio(ours: list[float], theirs: list[float]) -> float:
-    return median(one / other for one, other in zip(ours, theirs, strict=True))
+def _ratio(ours: list[float], theirs: list[float]) -> str:
+    return str(spread([one / other for one, other in zip(ours, theirs, strict=True)]))
 
 
 def _as_json(name: str, measured: Measured) -> Iterator[dict[str, Any]]:
@@ -204,4 +197,5 @@ def _as_json(name: str, measured: Measured) -> Iterator[dict[str, Any]]:
 
 
 if __name__ == "__main__":
+    daemon.end_in_order()
     main()

@@ -1,0 +1,63 @@
+"""What is measured: the table of cases."""
+
+from typing import Final, NamedTuple
+
+from bench.peers import Need
+from bench.traffic import Load
+
+
+class Case(NamedTuple):
+    """A load for every system, and perhaps one that it is measured beside."""
+
+    name: str
+    title: str
+    load: Load
+    beside: Load | None = None  # on the same system, in the same rounds
+    quick: bool = True
+
+    @property
+    def need(self) -> Need:
+        """What systems it can share with other cases."""
+        return Need(2 * self.load.pairs, max(self.load.length, _USUAL))
+
+
+_USUAL: Final = 1514
+_MANY: Final = 1 << 16
+
+CASES: Final = (
+    Case("64", "64 bytes", Load(64)),
+    Case("256", "256 bytes", Load(256), quick=False),
+    Case("512", "512 bytes", Load(512)),
+    Case("1500", "1500 bytes", Load(1500)),
+    Case("64-both-ways", "64 bytes, both directions", Load(64, both_ways=True)),
+    Case("64-packed", "64 bytes, packed rings", Load(64, packed=True), Load(64)),
+    Case(
+        "64-addresses",
+        "64 bytes, 64 Ki addresses",
+        Load(64, addresses=_MANY),
+        Load(64),
+        quick=False,
+    ),
+    Case(
+        "64-ordinary",
+        "64 bytes, guests use their data",
+        Load(64, raw=False),
+        quick=False,
+    ),
+    Case(
+        "1500-ordinary",
+        "1500 bytes, guests use their data",
+        Load(1500, raw=False),
+        quick=False,
+    ),
+    Case(
+        "512-packed",
+        "512 bytes, packed rings",
+        Load(512, packed=True),
+        Load(512),
+        quick=False,
+    ),
+    Case("9000", "9000 bytes", Load(9000)),
+    Case("64-16-ports", "64 bytes, 16 ports in pairs", Load(64, pairs=8)),
+)
+IDLE: Final = "idle"  # not of frames: what systems take while nothing comes

@@ -1,0 +1,201 @@
+"""A run of the whole: cases one after the other, systems in turn within each."""
+
+import subprocess
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from itertools import groupby
+from typing import Any, Final, NamedTuple, Self
+
+from bench import machine, peers, traffic
+from bench.cases import IDLE, Case
+from bench.daemon import DaemonError
+from bench.machine import Place
+from bench.peers import Kind, Need, System
+from bench.traffic import CountsError, Load, Slice, Streams, Wiring
+from bench.turns import take_turns
+from vswitch.errors import VswitchError
+from vswitch.guest import GuestError
+
+# What a peer that does not do as it should, or dies on the way, makes of us.
+FAILURES: Final = (
+    *(CountsError, DaemonError, GuestError, VswitchError),
+    *(OSError, subprocess.SubprocessError),
+)
+_IDLE_NEED: Final = Need(2, 1514)
+_IDLE_SLICES: Final = 4  # as long as so many
+
+Say = Callable[[str], None]
+
+
+class Plan(NamedTuple):
+    """How much of it."""
+
+    rounds: int
+    seconds: float  # of a slice
+    queue_size: int = 256
+
+
+class Party(NamedTuple):
+    """A system under a load."""
+
+    system: System
+    load: Load
+
+
+def run(
+    kinds: Mapping[str, Kind],
+    cases: Sequence[Case],
+    plan: Plan,
+    place: Place,
+    say: Say,
+    *,
+    with_idle: bool = True,
+) -> dict[str, Any]:
+    """Measure everything; the result as it is written to the JSON file.
+
+    A system that is missing or fails is left out by name; the rest goes on.
+    """
+    missing = {name: kind.missing() for name, kind in kinds.items()}
+    present = {name: kind for name, kind in kinds.items() if not missing[name]}
+    result: dict[str, Any] = {
+        "machine": machine.statement()
+        | {"forwarding on": f"CPU {place.cpu}", "generating on": f"CPU {place.other}"},
+        "plan": plan._asdict(),
+        "versions": {},
+        "left_out": {name: reason for name, reason in missing.items() if reason},
+        "reference": [machine.reference()],
+        "failed": {},
+        "cases": [],
+        "idle": {},
+    }
+    for name, reason in result["left_out"].items():
+        say(f"{name} is left out: {reason}")
+    groups = [(n, list(some)) for n, some in groupby(cases, key=lambda case: case.need)]
+    if with_idle and _IDLE_NEED not in dict(groups):
+        groups.append((_IDLE_NEED, []))
+    for need, group in groups:
+        with _started(present, need, place, result, say) as systems:
+            for case in group:
+                say(case.title)
+                result["cases"].append(
+                    _measure(case, systems, plan, place, result["failed"])
+                )
+                result["reference"].append(machine.reference())
+            if with_idle and need == _IDLE_NEED:
+                say(IDLE)
+                seconds = _IDLE_SLICES * plan.seconds
+                for system in systems:
+                    try:
+                        found = traffic.idle(system, seconds, plan.queue_size)
+                    except FAILURES as error:
+                        result["failed"][f"{system.name}, {IDLE}"] = str(error)
+                    else:
+                        result["idle"][system.name] = found._asdict()
+    return result
+
+
+@contextmanager
+def _started(
+    kinds: Mapping[str, Kind],
+    need: Need,
+    place: Place,
+    result: dict[str, Any],
+    say: Say,
+) -> Iterator[list[System]]:
+    """All systems, halted, with as many ports as needed."""
+    with ExitStack() as owned:
+        systems = []
+        for name, kind in kinds.items():
+            say(f"starting {name} with {need.ports} ports")
+            try:
+                system = owned.enter_context(peers.running(name, kind, need, place))
+            except FAILURES as error:
+                result["failed"][f"{name}, {need.ports} ports"] = str(error)
+                continue
+            result["versions"][name] = system.version
+            systems.append(system)
+        # Not before: what is started would have to stay there, too.
+        owned.enter_context(machine.only_on(place.other))
+        yield systems
+
+
+def _measure(
+    case: Case,
+    systems: Sequence[System],
+    plan: Plan,
+    place: Place,
+    failed: dict[str, str],
+) -> dict[str, Any]:
+    """One case; a system that fails in it is named and not asked again."""
+    loads = [case.load] if case.beside is None else [case.load, case.beside]
+    parties = [Party(system, load) for system in systems for load in loads]
+
+    def attempt(party: Party) -> Slice | None:
+        name = f"{party.system.name}, {case.title}"
+        if name in failed:
+            return None
+        try:
+            return traffic.measure(plugs.get(party), place, plan.seconds)
+        except FAILURES as error:
+            failed[name] = str(error)
+            return None
+
+    with Plugs(plan) as plugs:
+        found = take_turns(plan.rounds, parties, attempt)
+    slices: dict[Load, dict[str, Any]] = {load: {} for load in loads}
+    for party, measured in zip(parties, found, strict=True):
+        whole = [one._asdict() for one in measured if one is not None]
+        if len(whole) == plan.rounds:
+            slices[party.load][party.system.name] = whole
+    return {
+        "name": case.name,
+        "title": case.title,
+        "length": case.load.length,
+        "slices": slices[case.load],
+        "slices_beside": {} if case.beside is None else slices[case.beside],
+    }
+
+
+class Plugs:
+    """Guests of each system; they stay as long as they suit its load."""
+
+    def __init__(self, plan: Plan) -> None:
+        self._plan = plan
+        self._there: dict[str, tuple[Wiring, _Guests]] = {}
+
+    def get(self, party: Party) -> Streams:
+        """Streams of this load between guests that are attached and known."""
+        name, wiring = party.system.name, Wiring.of(party.load)
+        if name in self._there and self._there[name][0] != wiring:
+            self._there.pop(name)[1].close()
+        if name not in self._there:
+            guests = _Guests(party.system, wiring, self._plan.queue_size)
+            self._there[name] = (wiring, guests)
+        return self._there[name][1].streams(party.load)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        while self._there:
+            self._there.popitem()[1][1].close()
+
+
+class _Guests:
+    """Attached guests, and the streams that were laid between them so far."""
+
+    def __init__(self, system: System, wiring: Wiring, queue_size: int) -> None:
+        self._system = system
+        self._owned = ExitStack()
+        self._guests = self._owned.enter_context(
+            traffic.attached(system, wiring, queue_size)
+        )
+        self._streams: dict[Load, Streams] = {}
+
+    def streams(self, load: Load) -> Streams:
+        if load not in self._streams:
+            self._streams[load] = Streams(self._system, load, self._guests)
+        return self._streams[load]
+
+    def close(self) -> None:
+        self._owned.close()

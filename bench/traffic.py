@@ -1,0 +1,235 @@
+"""Numbered frames through any switch: guests at its ports, and slices of traffic.
+
+The generator is the built-in driver's. Raw, it fills its buffers once and then writes a
+number into each frame and moves indexes; the sink checks every number. What it counted has
+to be what the switch counted, or there is no figure.
+"""
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Final, NamedTuple, Self
+
+import numpy as np
+
+from bench import machine
+from bench.daemon import START_S
+from bench.machine import Place
+from bench.peers import System, Work
+from vswitch.guest import Guest
+from vswitch.guest.traffic import ETHERTYPE, Generator, Sink, Totals, run, spread
+
+_HEADER_LEN: Final = 12
+_ROOM: Final = 2048
+_WARM_S: Final = 0.1
+_TRIAL_S: Final = 0.02
+_LAPS: Final = 3  # some switches take the slow way for an address more than once
+_BROADCAST: Final = b"\xff" * 6
+_SHORTEST: Final = 60
+
+
+class CountsError(Exception):
+    """What two sides counted does not agree."""
+
+
+class Load(NamedTuple):
+    """What is sent, from every first to every second port."""
+
+    length: int = 64
+    pairs: int = 1
+    both_ways: bool = False
+    packed: bool = False
+    addresses: int = 1  # destinations a sender
+    raw: bool = True
+
+
+class Slice(NamedTuple):
+    """One stretch of traffic."""
+
+    mpps: float  # received
+    lost: float  # of the frames sent, from 0 to 1
+    reordered: float  # of those received
+    cycles: float | None  # busy ones a frame, by the system's own account
+    round_trip_ns: float  # the longer one of before and after
+    waited: float  # for a processor, of the time: the generator's and the forwarder's
+
+
+class Idle(NamedTuple):
+    """A stretch without traffic."""
+
+    cpu_percent: float
+    round_cycles: float | None  # of a round over empty rings
+
+
+class Streams:
+    """A load between guests of a system."""
+
+    def __init__(self, system: System, load: Load, guests: list[Guest]) -> None:
+        """Lay out who sends to whom, and let the switch learn that."""
+        self.system, self.load = system, load
+        ways = list(zip(guests[::2], guests[1::2], strict=True))
+        if load.both_ways:
+            ways += [(receiver, sender) for sender, receiver in ways]
+        self.generators = [
+            Generator(
+                sender,
+                receiver,
+                load.length,
+                addresses=load.addresses,
+                raw=load.raw,
+            )
+            for sender, receiver in ways
+        ]
+        self.sinks = [Sink(receiver, raw=load.raw) for _, receiver in ways]
+        self._receivers = [receiver for _, receiver in ways]
+        self._senders = [sender for sender, _ in ways]
+        with system.forwarding():
+            self._introduce()
+
+    def send(self, seconds: float) -> Totals:
+        """Send as much as goes for so long."""
+        return run(self.generators, self.sinks, seconds)
+
+    def _introduce(self) -> None:
+        """Let the switch learn every address, and wait until all streams arrive."""
+        for guest in self._senders:
+            _announce(guest, [guest.mac])
+        for guest in self._receivers:
+            _announce(guest, spread(guest.mac, self.load.addresses))
+        deadline = time.monotonic() + START_S
+        while not self._is_known():
+            if time.monotonic() > deadline:
+                message = f"{self.system.name} forwards nothing within {START_S:.0f} s"
+                raise CountsError(message)
+            self.send(_TRIAL_S)
+
+    def _is_known(self) -> bool:
+        """Whether every stream has come through, and all its addresses several times."""
+        enough = _LAPS * self.load.addresses
+        return all(
+            generator.sent >= enough and int(sink.flows["received"][0]) > 0
+            for generator, sink in zip(self.generators, self.sinks, strict=True)
+        )
+
+
+class Wiring(NamedTuple):
+    """What guests are for; loads of the same one can share them."""
+
+    guests: int
+    packed: bool
+    room: int  # bytes of a buffer
+
+    @classmethod
+    def of(cls, load: Load) -> Self:
+        """What a load needs."""
+        room = max(_ROOM, load.length + _HEADER_LEN)
+        return cls(2 * load.pairs, load.packed, room)
+
+
+@contextmanager
+def attached(system: System, wiring: Wiring, queue_size: int) -> Iterator[list[Guest]]:
+    """Guests at a system's ports; at the end they are gone."""
+    guests: list[Guest] = []
+    try:
+        with system.attaching():
+            for number, path in enumerate(system.paths[: wiring.guests]):
+                guest = Guest(
+                    path,
+                    mode="server" if system.guests_listen else "client",
+                    # The last two bytes are for many addresses.
+                    mac=bytes([2, 0, 0, number + 1, 0, 0]),
+                    rx_buffer_len=wiring.room,
+                    tx_buffer_len=wiring.room,
+                    packed=wiring.packed,
+                    queue_size=queue_size,
+                    timeout=START_S,
+                )
+                guests.append(guest)
+                guest.open()
+        yield guests
+    finally:
+        with system.attaching():
+            for guest in guests:
+                guest.close()
+
+
+def measure(it: Streams, place: Place, seconds: float) -> Slice:
+    """One slice of its load.
+
+    Raises:
+        CountsError: The figures would be worth nothing.
+    """
+    system = it.system
+    near = machine.round_trip_ns(place.other, place.cpu)
+    with system.forwarding():
+        it.send(_WARM_S)
+        before = system.work()
+        waited = _waited(system, place)
+        totals = it.send(seconds)
+        waited = _waited(system, place) - waited
+        work = system.work().since(before)
+    near = max(near, machine.round_trip_ns(place.other, place.cpu))
+    _check(system.name, totals, work)
+    return Slice(
+        totals.mpps,
+        1 - totals.received / max(totals.sent, 1),
+        totals.reordered / max(totals.received, 1),
+        None if work.cycles is None else work.cycles / max(totals.sent, 1),
+        near,
+        waited / totals.seconds,
+    )
+
+
+def idle(system: System, seconds: float, queue_size: int) -> Idle:
+    """What a system takes with two guests that send nothing."""
+    load = Load()
+    with attached(system, Wiring.of(load), queue_size) as guests:
+        Streams(system, load, guests)
+        return _idle(system, seconds)
+
+
+def _idle(system: System, seconds: float) -> Idle:
+    with system.forwarding():
+        before = system.work()
+        began, begin = machine.cpu_seconds(system.group), time.monotonic()
+        time.sleep(seconds)
+        took = machine.cpu_seconds(system.group) - began
+        percent = 100 * took / (time.monotonic() - begin)
+        work = system.work().since(before)
+    if not work.idle_cycles or not work.idle_rounds:
+        return Idle(percent, None)
+    return Idle(percent, work.idle_cycles / work.idle_rounds)
+
+
+def _announce(guest: Guest, addresses: list[bytes]) -> None:
+    ethertype = ETHERTYPE.to_bytes(2, "big")
+    frames = [_BROADCAST + address + ethertype for address in addresses]
+    rows = np.zeros((len(frames), _SHORTEST), np.uint8)
+    rows[:, : len(frames[0])] = np.frombuffer(b"".join(frames), np.uint8).reshape(
+        len(frames), -1
+    )
+    guest.send_all(rows, timeout=START_S)
+    guest.wait_sent(timeout=START_S)
+
+
+def _waited(system: System, place: Place) -> float:
+    return machine.own_wait_s() + machine.waited_s(system.group, place.cpu)
+
+
+def _check(name: str, totals: Totals, work: Work) -> None:
+    """Stop where the figures would be worth nothing."""
+    harmed = totals.duplicates + totals.corrupt + totals.foreign
+    lost = totals.sent - totals.received
+    counted = {
+        "taken": (work.frames, totals.sent),
+        "delivered": (work.delivered, totals.received),
+        "dropped": (work.dropped, lost),
+    }
+    wrong = {
+        what: f"{theirs}, not {ours}"
+        for what, (theirs, ours) in counted.items()
+        if theirs not in {None, ours}
+    }
+    if harmed or wrong:
+        message = f"{name}: the counts do not agree: {wrong or ''} {totals}"
+        raise CountsError(message)

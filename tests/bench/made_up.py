@@ -1,0 +1,36 @@
+"""Results that nobody measured, to be judged and shown."""
+
+from bench.traffic import Slice
+
+
+def slices(rates, cycles=None, trip=100.0, waited=0.0):
+    return [Slice(mpps, 0.25, 0.0, cycles, trip, waited) for mpps in rates]
+
+
+def case(name, title, beside=None, **by_system):
+    def rows(some):
+        return {
+            name.replace("_", "-"): [one._asdict() for one in found]
+            for name, found in some.items()
+        }
+
+    return {
+        "name": name,
+        "title": title,
+        "length": 64,
+        "slices": rows(by_system),
+        "slices_beside": rows(beside or {}),
+    }
+
+
+def result(*cases, **more):
+    return {
+        "machine": {"processor": "made up"},
+        "plan": {"rounds": 5, "seconds": 0.5, "queue_size": 256},
+        "versions": {"vswitch": "1.2", "ovs-dpdk": "3.4", "testpmd": "5.6"},
+        "left_out": {},
+        "failed": {},
+        "reference": [10.0, 11.0, 9.0],
+        "cases": list(cases),
+        "idle": {},
+    } | more

@@ -1,0 +1,155 @@
+"""The whole bench for a moment: every row is there, and no frame is unaccounted for."""
+
+import json
+
+import pytest
+
+from bench import testpmd, traffic
+from bench.__main__ import main
+from bench.peers import Work
+from tests import requirements
+from vswitch.guest.traffic import Totals
+
+# A manager in the background outlives what starts it; here that is this process.
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:subprocess .* is still running"),
+    pytest.mark.timeout(300),
+]
+
+SYSTEMS = ["vswitch", "testpmd", "calling"]
+# A switch that is started by a command, and calls the guests instead of being called.
+COMMAND = """
+set -- $SOCKETS
+sleep 1000 | dpdk-testpmd --no-pci --no-huge --no-telemetry -m 256 \
+    -l $OTHER_CPU,$CPU --main-lcore=$OTHER_CPU \
+    --vdev=net_vhost0,iface=$1,client=1 --vdev=net_vhost1,iface=$2,client=1 \
+    -- -i --auto-start --no-flush-rx --total-num-mbufs=8192
+"""
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory):
+    """What a run wrote."""
+    requirements.require_command(testpmd.COMMAND, testpmd.PACKAGE)
+    directory = tmp_path_factory.mktemp("bench")
+    main(
+        [
+            *("--only", "64,64-packed,idle", "--rounds", "2", "--seconds", "0.1"),
+            *("--systems", ",".join(SYSTEMS), "--peer-connects", f"calling={COMMAND}"),
+            *("--out", str(directory)),
+        ]
+    )
+    return directory
+
+
+@pytest.fixture(scope="module")
+def result(written):
+    return json.loads((written / "report.json").read_text())
+
+
+@pytest.mark.vm
+def test_every_system_has_slices_in_every_case(result):
+    assert [case["name"] for case in result["cases"]] == ["64", "64-packed"]
+    for case in result["cases"]:
+        assert list(case["slices"]) == SYSTEMS
+        for slices in case["slices"].values():
+            assert len(slices) == 2
+            assert all(one["mpps"] > 0 for one in slices)
+            assert all(one["round_trip_ns"] > 0 for one in slices)
+    assert list(result["cases"][1]["slices_beside"]) == SYSTEMS
+    # What a guest counted and what the switch did agreed each time, or this says not.
+    assert result["failed"] == {}
+
+
+@pytest.mark.vm
+def test_frames_keep_their_order(result):
+    slices = [one for case in result["cases"] for one in case["slices"]["vswitch"]]
+    assert all(one["reordered"] == 0 for one in slices)
+
+
+@pytest.mark.vm
+def test_cycles_are_those_that_systems_tell(result):
+    slices = result["cases"][0]["slices"]
+    assert all(one["cycles"] > 0 for one in slices["vswitch"] + slices["testpmd"])
+    assert all(one["cycles"] is None for one in slices["calling"])
+
+
+@pytest.mark.vm
+def test_idle_systems_were_looked_at(result):
+    assert list(result["idle"]) == SYSTEMS
+    assert result["idle"]["testpmd"]["cpu_percent"] > 0  # it polls
+
+
+@pytest.mark.vm
+def test_reports_have_the_rows(written):
+    document = (written / "report.md").read_text()
+    assert "| 64 bytes |" in document
+    assert "| 64 bytes, packed rings |" in document
+    assert "<svg" in (written / "report.html").read_text()
+
+
+@pytest.mark.parametrize(
+    ("command", "said"),
+    [
+        ("echo no cards; exit 3", "when it ended, having said: no cards"),
+        ("touch $SOCKETS; exec sleep 1000", "cannot connect to"),
+    ],
+)
+def test_a_peer_that_fails_is_named_and_the_rest_goes_on(
+    command, said, tmp_path, capsys
+):
+    with pytest.raises(SystemExit, match="failed"):
+        main(
+            [
+                *(
+                    "--peer",
+                    f"lame={command}",
+                    "--systems",
+                    "lame",
+                    "--only",
+                    "64,idle",
+                ),
+                *("--rounds", "1", "--seconds", "0.1", "--out", str(tmp_path)),
+            ]
+        )
+    assert "failed: lame, " in capsys.readouterr().out
+    failed = json.loads((tmp_path / "report.json").read_text())["failed"]
+    assert all(said in reason for reason in failed.values())
+
+
+@pytest.mark.parametrize(
+    ("work", "harm"),
+    [
+        (Work(frames=9), {}),
+        (Work(delivered=9), {}),
+        (Work(dropped=0), {}),
+        (Work(10, 8, 2), {"duplicates": 1}),
+        (Work(), {"foreign": 1}),
+        (Work(), {"corrupt": 1}),
+    ],
+    ids=str,
+)
+def test_counts_that_do_not_agree_are_no_figure(work, harm):
+    with pytest.raises(traffic.CountsError, match=r"somebody: the counts"):
+        traffic._check("somebody", Totals(sent=10, received=8, lost=2, **harm), work)
+
+
+@pytest.mark.parametrize("work", [Work(10, 8, 2), Work(10), Work()], ids=str)
+def test_counts_that_agree_are(work):
+    traffic._check("somebody", Totals(sent=10, received=8, lost=2), work)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--systems", "nobody"], "no such system: nobody"),
+        (["--only", "everything"], "no such case: everything"),
+        (["--peer", "vpp"], "it is not NAME=COMMAND"),
+        (["--cpus", "0,0"], "two processors are needed"),
+    ],
+)
+def test_what_is_not_known_is_refused(arguments, said, capsys):
+    with pytest.raises(SystemExit) as ended:
+        main(arguments)
+    assert ended.value.code == 2
+    assert said in capsys.readouterr().err
