@@ -19,8 +19,8 @@ def test_addresses_are_read_at_any_alignment(dst, src, ethertype, offset):
     # Beyond the smallest frame there may be no memory to read.
     memory = np.frombuffer(bytes(offset) + dst + src + ethertype, np.uint8)
     frame = memory.ctypes.data + offset
-    assert ethernet.read_destination(frame) == number(dst)
-    assert ethernet.read_source(frame) == number(src)
+    assert ethernet.read_address(frame, ethernet.DESTINATION) == number(dst)
+    assert ethernet.read_address(frame, ethernet.SOURCE) == number(src)
 
 
 @given(ADDRESSES)

@@ -7,6 +7,9 @@ from typing import Final
 
 from ports.native import jit, load_any_u64, store_any_u32, store_any_u64
 
+# Offsets within a frame.
+DESTINATION: Final = 0
+SOURCE: Final = 6
 _ADDRESS_MASK: Final = 0xFFFFFFFFFFFF
 _GROUP_BIT: Final = 1
 # 01:80:c2:00:00:00 to 0f, IEEE 802.1Q §8.6.3: bridges keep these to the link.
@@ -15,16 +18,10 @@ _RESERVED_MASK: Final = 0xF0FFFFFFFFFF
 
 
 @jit
-def read_destination(frame: int) -> int:
-    """Destination address of the frame at `frame`, read once."""
-    return load_any_u64(frame) & _ADDRESS_MASK
-
-
-@jit
-def read_source(frame: int) -> int:
-    """Source address of the frame at `frame`, read once."""
-    # Bytes 6 to 13; all of them lie within the smallest frame.
-    return load_any_u64(frame + 6) & _ADDRESS_MASK
+def read_address(frame: int, offset: int) -> int:
+    """The address at DESTINATION or SOURCE of the frame at `frame`, read once."""
+    # Two bytes more than the address; all of them lie within the smallest frame.
+    return load_any_u64(frame + offset) & _ADDRESS_MASK
 
 
 @jit

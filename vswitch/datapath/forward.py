@@ -13,15 +13,16 @@ from typing import Final
 
 from ports import dispatch
 from ports.burst import BAD_CHAIN, BAD_HEADER, ETH_SNAPSHOT, TOO_LONG, TOO_SHORT
-from ports.native import Record, jit, load_u64, store_u64
+from ports.native import Record, jit, load_u64, prefetch_read, store_u64
 from ports.views import frame_at, port_at
 from vswitch.datapath import fdb
 from vswitch.datapath.ethernet import (
+    DESTINATION,
+    SOURCE,
     is_group,
     is_reserved,
     keep_addresses,
-    read_destination,
-    read_source,
+    read_address,
 )
 from vswitch.datapath.views import header_at, tally_at
 
@@ -31,6 +32,7 @@ DROP: Final = -2
 _NO_FRAME: Final = -1
 _NO_KEY: Final = 0
 _NO_ADDRESS: Final = -1  # differs from whatever a frame may hold
+_AHEAD: Final = 8  # frames from the one that is looked up to the one that is asked for
 
 
 @jit
@@ -42,6 +44,23 @@ def forward_burst(ctx: Record, worker: int, ring: Record, n: int, now_s: int) ->
         _send_lists(ctx, worker, n_egresses)
     else:
         _send_to_all(ctx, worker, ingress, n)
+
+
+@jit
+def _ask_ahead(ctx: Record, seed: int, offset: int, asked: int, i: int, n: int) -> int:
+    """Have the buckets of the next frames in the cache when their turn comes.
+
+    `offset` is that of the address within a frame, `asked` the first frame that was not
+    asked for (the result is the next such), `i` the one in hand of `n`.
+    """
+    end = min(i + 1 + _AHEAD, n)
+    table = int(ctx["fdb"])
+    for k in range(max(asked, i + 1), end):
+        frame = frame_at(int(ctx["burst"]), k)
+        if int(frame["length"]) >= 0:
+            key = read_address(int(frame["eth"]), offset)
+            prefetch_read(fdb.bucket_of(table, seed, key))
+    return end
 
 
 @jit
@@ -73,6 +92,8 @@ def decide(
     forwarded = 0
     flooded = 0
     offloads = 0
+    asked_src = 0
+    asked_dst = 0
     for i in range(n):
         frame = frame_at(burst, i)
         length = int(frame["length"])
@@ -82,8 +103,8 @@ def decide(
             continue
         n_bytes += length
         eth = int(frame["eth"])
-        dst = read_destination(eth)
-        src = read_source(eth)
+        dst = read_address(eth, DESTINATION)
+        src = read_address(eth, SOURCE)
         if header_len > 0 and dispatch.asks_for_offload(frame, header_len):
             if not dispatch.accept_offload(ring, ctx, frame, i):
                 frame["egress"] = DROP
@@ -95,6 +116,8 @@ def decide(
             tally["rx_drop_bad_source"] += 1
             continue
         if src != last_src:
+            if last_src != _NO_KEY:  # nor come from one
+                asked_src = _ask_ahead(ctx, seed, SOURCE, asked_src, i, n)
             fdb.learn(ctx, src, ingress, worker, now_s, tally)
             last_src = src
             if src == last_dst:
@@ -111,6 +134,8 @@ def decide(
         elif dst == last_dst:
             egress = last_egress
         else:
+            if last_dst != _NO_ADDRESS:  # not all frames go to one address
+                asked_dst = _ask_ahead(ctx, seed, DESTINATION, asked_dst, i, n)
             egress = fdb.lookup(
                 fdb.bucket_of(int(ctx["fdb"]), seed, dst), dst, now_s, ageing_s
             )
