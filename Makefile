@@ -4,7 +4,7 @@
 
 BIN := .venv/bin
 # Two at a time, a file as a whole: most of a test is waiting, and a file shares a switch.
-PARALLEL := -n 2 --dist loadfile
+PARALLEL := -n 2 --dist loadfile --no-loadscope-reorder
 UNIT := tests/control tests/datapath tests/ports tests/test_architecture.py
 
 help: ## list the targets

@@ -23,8 +23,8 @@ from tests.switch import Switch, dropped, short_directory, wait_for
 OPTIONS = ("--workers", "2", "--spares", "0", "--cpus", "0,1", "--idle-us", "20000")
 NEAR, FAR = "near", "far"
 ADDRESSES = {NEAR: ("10.77.0.1", "fd77::1"), FAR: ("10.77.0.2", "fd77::2")}
-BYTES = 4 << 20
-LONG = 24 << 20
+BYTES = 1 << 20
+LONG = 8 << 20
 PATIENCE_S = 120
 # A slow path is a slow pace to TCP, which then makes small super-frames.
 FEWEST_SEGMENTS = ("/proc/sys/net/ipv4/tcp_min_tso_segs", 40)
