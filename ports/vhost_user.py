@@ -42,7 +42,7 @@ from ports.base import (
     TX,
 )
 from ports.burst import MAX_FRAME
-from ports.errors import ProtocolError, errno_name
+from ports.errors import ProtocolError
 from ports.host import NO_CHOICE, Host, Mapping, State
 from ports.vhost import virtio
 from ports.vhost.channel import Channel, close_fds
@@ -55,7 +55,7 @@ from ports.vhost.session import (
     WantedRegion,
     WantedRing,
 )
-from ports.vhost.sockets import check_path, listen
+from ports.vhost.sockets import check_path, explain_refusal, listen
 
 _ETHERNET_AND_TAG: Final = 18
 _CONNECT_S: Final = 0.01
@@ -136,7 +136,7 @@ class VhostUserPort:
         self._ran: set[int] = set()  # rings that ran since the front-end connected
         self._calls: dict[int, tuple[int, int]] = {}  # ring: our fd, number in workers
         self._table_half = 0
-        self._trouble = ""
+        self._trouble: OSError | None = None
         self._connection: socket.socket | None = None
         self._quarantined = ""  # why, until another front-end's frames flow
         self._culprit: Session | None = None
@@ -220,7 +220,8 @@ class VhostUserPort:
     def _what_for(self) -> str:
         if self.mode == "server":
             return f"listening on {self.path}"
-        return f"connecting to {self.path}: {self._trouble or 'no front-end yet'}"
+        trouble = self._trouble and explain_refusal(self.path, self._trouble)
+        return f"connecting to {self.path}: {trouble or 'no front-end yet'}"
 
     def _is_new(self) -> bool:
         """Whether the last front-end connected a moment ago."""
@@ -264,7 +265,7 @@ class VhostUserPort:
                 connection.connect(str(self.path))
             except OSError as error:
                 connection.close()
-                self._trouble = errno_name(error)
+                self._trouble = error.with_traceback(None)
                 if isinstance(error, FileNotFoundError):
                     await appeared(self.path, _LOOK_AGAIN_S)
                 else:

@@ -65,7 +65,8 @@ def _options(
         Path | None,
         typer.Option(
             help="Where the switch lives; else $VSWITCH_RUN_DIR, /run/vswitch (root) or "
-            "$XDG_RUNTIME_DIR/vswitch."
+            "$XDG_RUNTIME_DIR/vswitch.",
+            readable=False,  # who may not look is told by us, and why
         ),
     ] = None,
     version: Annotated[
@@ -167,13 +168,22 @@ def down(context: typer.Context) -> None:
         raise NoManagerError(text)
     process = os.pidfd_open(pid)
     try:
-        signal.pidfd_send_signal(process, signal.SIGTERM)
+        _ask_to_end(run_dir, process)
         if not select.select([process], [], [], _DOWN_S)[0]:
             text = f"the manager, pid {pid}, did not end within {_DOWN_S:.0f} s"
             raise VswitchError(f"{text} (kill -9 {pid}, then vswitch up cleans up)")
     finally:
         os.close(process)
     print("down")
+
+
+def _ask_to_end(run_dir: Path, process: int) -> None:
+    """By a signal, which needs nobody to listen."""
+    try:
+        signal.pidfd_send_signal(process, signal.SIGTERM)
+    except PermissionError:  # a member of the group may ask, and not send signals
+        with Client(run_dir) as manager:
+            manager.ask("down")
 
 
 @app.command("add-port")

@@ -3,11 +3,12 @@
     {"command": NAME, ...arguments}  ->  {"ok": result} or {"error": {"code", "message"}}
 
 Whatever comes in, the manager goes on: bytes that are no message end their connection,
-wrong arguments are told.
+wrong arguments are told. Who may not ask (`peer.py`) is told why, once.
 """
 
 import asyncio
 import contextlib
+import os
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any, Final
@@ -15,8 +16,10 @@ from typing import Any, Final
 import msgpack
 
 from ports.errors import PortError
+from vswitch import peer
 from vswitch.errors import EXIT_FAILED, VswitchError
 
+_REFUSED_S: Final = 5.0
 _MAX_MESSAGE: Final = 1 << 20
 _READ: Final = 1 << 16
 
@@ -37,6 +40,8 @@ class ControlServer:
         self._server = await asyncio.start_unix_server(
             self._talk, self._path, limit=_MAX_MESSAGE
         )
+        with contextlib.suppress(PermissionError):  # not our group: then only we may
+            os.chown(self._path, -1, self._path.parent.stat().st_gid)
         self._path.chmod(0o660)
 
     async def stop(self) -> None:
@@ -56,9 +61,22 @@ class ControlServer:
             task.add_done_callback(self._clients.discard)
         unpacker = msgpack.Unpacker(max_buffer_size=_MAX_MESSAGE)
         with contextlib.suppress(ConnectionError, asyncio.CancelledError):
+            await self._check_peer(reader, writer)
             while data := await reader.read(_READ):
                 await self._answer_all(unpacker, data, writer)
         writer.close()
+
+    async def _check_peer(
+        self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
+    ) -> None:
+        """Answer the first request of somebody who may not ask, and hang up."""
+        connection = writer.get_extra_info("socket")
+        refusal = peer.refusal(connection, self._path.parent)
+        if refusal:
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(reader.read(_READ), _REFUSED_S)
+            writer.write(msgpack.packb(_error(EXIT_FAILED, refusal)))
+            raise ConnectionError(refusal)
 
     async def _answer_all(
         self, unpacker: "msgpack.Unpacker", data: bytes, writer: asyncio.StreamWriter
@@ -70,22 +88,26 @@ class ControlServer:
                 await writer.drain()
         except (ValueError, msgpack.UnpackException) as error:
             text = f"control socket: bytes that are no message: {error}"
-            message = {"error": {"code": EXIT_FAILED, "message": text}}
-            writer.write(msgpack.packb(message))
+            writer.write(msgpack.packb(_error(EXIT_FAILED, text)))
             raise ConnectionError(text) from error
 
     async def _answer(self, request: object) -> Arguments:
-        name = request.get("command") if isinstance(request, dict) else None
+        arguments = dict(request) if isinstance(request, dict) else {}
+        name = arguments.pop("command", None)
         command = self._commands.get(str(name))
-        if command is None or not isinstance(request, dict):
+        if command is None:
             text = f"control socket: unknown command {name!r} (is the CLI of another"
-            return {"error": {"code": EXIT_FAILED, "message": f"{text} version?)"}}
+            return _error(EXIT_FAILED, f"{text} version?)")
         try:
-            return {"ok": await command(request)}
+            return {"ok": await command(arguments)}
         except VswitchError as error:
-            return {"error": {"code": error.code, "message": str(error)}}
+            return _error(error.code, str(error))
         except (PortError, OSError, MemoryError) as error:
-            return {"error": {"code": EXIT_FAILED, "message": str(error)}}
+            return _error(EXIT_FAILED, str(error))
         except (KeyError, TypeError, ValueError) as error:
             text = f"control socket: {name}: bad arguments: {error!r}"
-            return {"error": {"code": EXIT_FAILED, "message": text}}
+            return _error(EXIT_FAILED, text)
+
+
+def _error(code: int, message: str) -> Arguments:
+    return {"error": {"code": code, "message": message}}

@@ -64,8 +64,7 @@ def _spawn(
     try:
         output = log.open("ab")
     except OSError as error:
-        text = f"cannot write {log}: {error.strerror}"
-        raise VswitchError(f"{text} (choose another --run-dir)") from error
+        raise rundir.unusable(log.parent, error) from error
     with output:
         return subprocess.Popen(
             command(arguments),

@@ -2,11 +2,13 @@
 
 import contextlib
 import os
+import shlex
 import socket
 import stat
 from pathlib import Path
 from typing import Final
 
+from ports import denied
 from ports.errors import PortError, errno_name
 
 _LONGEST_PATH: Final = 107  # sockaddr_un, without its final zero
@@ -80,10 +82,32 @@ def _explain(path: Path, error: OSError) -> str:
     if isinstance(error, FileNotFoundError):
         return f"{name}: no directory {path.parent} (mkdir -p {path.parent})"
     if isinstance(error, PermissionError):
-        owner = path.parent.stat()
-        return (
-            f"{name}: {path.parent} belongs to uid {owner.st_uid} with mode"
-            f" {stat.S_IMODE(owner.st_mode):04o}, we are uid {os.geteuid()}"
-            " (choose a directory of your own)"
-        )
+        return f"{name}: {_why_denied(path)}"
     return name
+
+
+def _why_denied(path: Path) -> str:
+    """Whose the directory is, or in one that we may write to, what we may not replace."""
+    uid = os.geteuid()
+    if os.access(path.parent, os.W_OK | os.X_OK, effective_ids=True):
+        return f"{denied.whose(path, uid)} (sudo rm {shlex.quote(str(path))})"
+    what = denied.culprit(path.parent)
+    user = denied.user_name(uid)
+    remedy = f"sudo install -d -o {user} {shlex.quote(str(what / user))}"
+    return f"{denied.whose(what, uid)} (choose a directory of your own: {remedy})"
+
+
+def explain_refusal(path: Path, error: OSError) -> str:
+    """Why we could not connect to somebody's socket."""
+    name = errno_name(error)
+    if not isinstance(error, PermissionError):
+        return name
+    uid, what = os.geteuid(), denied.culprit(path)
+    needed = denied.WRITE if what == path else denied.ENTER
+    by_hand = f"chown {denied.user_name(uid)}" if what == path else "chmod a+x"
+    try:
+        remedy = denied.joining(what, uid, needed)
+        remedy = remedy or f"sudo {by_hand} {shlex.quote(str(what))}"
+        return f"{name}: {denied.whose(what, uid)} ({remedy})"
+    except OSError:  # it has gone meanwhile
+        return name

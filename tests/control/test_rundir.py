@@ -60,6 +60,16 @@ def test_a_directory_that_cannot_be_made_is_named(tmp_path):
         rundir.make(tmp_path / "file" / "run")
 
 
+def test_a_directory_in_which_all_may_write_is_refused(tmp_path):
+    tmp_path.chmod(0o1777)
+    found = (
+        rf"{tmp_path} belongs .*, with mode 1777, we are uid .*--run-dir {tmp_path}/v"
+    )
+    with pytest.raises(VswitchError, match=found), rundir.hold(tmp_path):
+        pass
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_the_option_comes_before_the_environment(tmp_path, monkeypatch):
     monkeypatch.setenv("VSWITCH_RUN_DIR", str(tmp_path / "environment"))
     assert rundir.choose(tmp_path / "option") == tmp_path / "option"

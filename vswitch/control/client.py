@@ -1,9 +1,7 @@
 """Ask a manager: one msgpack map there, one back, over its Unix socket."""
 
-import errno
 import os
 import socket
-import stat
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Final, Self
@@ -90,17 +88,8 @@ def _connect(sock: socket.socket, path: Path) -> None:
 
 
 def _no_manager(path: Path, error: OSError) -> VswitchError:
-    if error.errno in {errno.EACCES, errno.EPERM}:
-        try:
-            owner = path.parent.stat()
-        except OSError:
-            return VswitchError(f"cannot reach {path}: permission denied (become root)")
-        mode = stat.S_IMODE(owner.st_mode)
-        text = (
-            f"cannot reach {path}: {path.parent} belongs to uid {owner.st_uid} with "
-            f"mode {mode:04o}, we are uid {os.geteuid()}"
-        )
-        return VswitchError(f"{text} (become that user, or use another --run-dir)")
+    if isinstance(error, PermissionError):
+        return rundir.unreachable(path.parent, path, error)
     pid = rundir.holder(path.parent)
     if pid is not None:
         text = f"no manager at {path} yet: pid {pid} is starting or stopping"

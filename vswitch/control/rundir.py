@@ -7,16 +7,21 @@ is the kernel's answer and not a guess from a number.
 import contextlib
 import fcntl
 import os
+import shlex
+import stat
 from collections.abc import Iterator
 from io import TextIOWrapper
 from pathlib import Path
 from typing import Final
 
+from ports import denied
+from ports.errors import errno_name
 from vswitch.errors import ConfigError, VswitchError
 
 CONTROL: Final = "control.sock"
 LOG: Final = "log"
 _PID: Final = "pid"
+_ROOT: Final = 0
 _SYSTEM: Final = Path("/run/vswitch")
 
 
@@ -42,12 +47,13 @@ def make(run_dir: Path) -> None:
     """Make the directory unless it is there.
 
     Raises:
-        VswitchError: We may not, or something else is there.
+        VswitchError: We may not, something else is there, or others may write there.
     """
     try:
         run_dir.mkdir(mode=0o750, parents=True, exist_ok=True)
     except OSError as error:
-        raise _unusable(run_dir, error) from error
+        raise unusable(run_dir, error) from error
+    _check_safe(run_dir)
 
 
 @contextlib.contextmanager
@@ -55,7 +61,7 @@ def hold(run_dir: Path) -> Iterator[None]:
     """Hold the directory by a locked file with our pid.
 
     Raises:
-        VswitchError: Another manager holds it, or we may not write there.
+        VswitchError: Another manager holds it, we may not write there, or others may.
     """
     make(run_dir)
     with _lock(run_dir) as file:
@@ -69,13 +75,19 @@ def hold(run_dir: Path) -> Iterator[None]:
 
 
 def holder(run_dir: Path) -> int | None:
-    """The pid of the manager that holds the directory."""
+    """The pid of the manager that holds the directory.
+
+    Raises:
+        VswitchError: We may not look.
+    """
     try:
         with (run_dir / _PID).open() as file:
             try:
                 fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
             except BlockingIOError:
                 return int(file.read().strip() or 0) or None
+    except PermissionError as error:
+        raise unreachable(run_dir, run_dir / _PID, error) from error
     except OSError:
         pass
     return None
@@ -87,7 +99,7 @@ def _lock(run_dir: Path) -> TextIOWrapper:
         try:
             file = path.open("a+")
         except OSError as error:
-            raise _unusable(run_dir, error) from error
+            raise unusable(run_dir, error) from error
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -104,6 +116,48 @@ def _lock(run_dir: Path) -> TextIOWrapper:
         file.close()
 
 
-def _unusable(run_dir: Path, error: OSError) -> VswitchError:
+def _check_safe(run_dir: Path) -> None:
+    """Refuse a directory in which others could replace our files, or lead them astray."""
+    status, uid = run_dir.stat(), os.geteuid()
+    if status.st_uid not in {_ROOT, uid}:
+        remedy = as_owner(run_dir, "up")
+    elif status.st_mode & stat.S_IWOTH:
+        remedy = f"anybody may write there; --run-dir {run_dir / 'vswitch'}"
+    else:
+        return
+    text = f"cannot use run directory {run_dir}: {denied.whose(run_dir, uid)}"
+    raise VswitchError(f"{text} ({remedy})")
+
+
+def as_owner(run_dir: Path, command: str = "COMMAND") -> str:
+    """How to give a command as the one to whom the switch, or the way there, belongs."""
+    owner = denied.culprit(run_dir).stat().st_uid
+    user = "" if owner == _ROOT else f"-u {denied.user_name(owner)} "
+    return f"sudo {user}vswitch --run-dir {shlex.quote(str(run_dir))} {command}"
+
+
+def unreachable(run_dir: Path, path: Path, error: OSError) -> VswitchError:
+    """What to say where the kernel does not let us at `path` in a run directory."""
+    what, uid = denied.culprit(path), os.geteuid()
+    needed = denied.WRITE if what == path else denied.ENTER
+    try:
+        found = denied.whose(what, uid)
+        remedy = denied.joining(what, uid, needed) or as_owner(run_dir)
+    except OSError as error_there:  # it has gone meanwhile
+        found, remedy = errno_name(error_there), "try again"
+    return VswitchError(f"cannot reach {path}: {errno_name(error)}: {found} ({remedy})")
+
+
+def unusable(run_dir: Path, error: OSError) -> VswitchError:
+    """What to say where we cannot have a run directory."""
     text = f"cannot use run directory {run_dir}: {error.strerror}"
-    return VswitchError(f"{text} (choose another with --run-dir)")
+    remedy = "choose another with --run-dir"
+    if isinstance(error, PermissionError):
+        what, uid = denied.culprit(run_dir), os.geteuid()
+        while not what.exists():
+            what = what.parent
+        user = denied.user_name(uid)
+        make = f"sudo install -d -m 0750 -o {user} {shlex.quote(str(run_dir))}"
+        how = as_owner(run_dir, "up") if what == run_dir else make
+        text, remedy = f"{text}: {denied.whose(what, uid)}", f"{remedy}, or: {how}"
+    return VswitchError(f"{text} ({remedy})")
