@@ -55,7 +55,7 @@ from ports.vhost.session import (
     WantedRegion,
     WantedRing,
 )
-from ports.vhost.sockets import check_path, explain_refusal, listen
+from ports.vhost.sockets import Access, check_path, explain_refusal, listen
 
 _ETHERNET_AND_TAG: Final = 18
 _CONNECT_S: Final = 0.01
@@ -116,6 +116,7 @@ class VhostUserPort:
         mode: str,
         pairs: int,
         *,
+        access: Access,
         config_space: bool = False,
     ) -> None:
         self.name = name
@@ -124,6 +125,7 @@ class VhostUserPort:
         self._host = host
         self._slot = slot
         self._pairs = pairs
+        self._access = access
         self._offered_protocol = OFFERED_PROTOCOL | (PF_CONFIG if config_space else 0)
         self._listener: socket.socket | None = None
         self._tasks: list[asyncio.Task[None]] = []
@@ -155,7 +157,7 @@ class VhostUserPort:
         """
         check_path(self.path)
         if self.mode == "server":
-            self._listener = listen(self.path)
+            self._listener = listen(self.path, self._access)
         record = self._host.ports[self._slot]
         record["kind"] = KIND_VHOST_USER
         record["max_frame"] = MAX_FRAME

@@ -41,6 +41,12 @@ app.add_typer(_fdb)
 
 Json = Annotated[bool, typer.Option("-j", "--json", help="Print JSON.")]
 Vlan = Annotated[int, typer.Option(help="VLAN id; 0 is untagged.")]
+SocketGroup = Annotated[
+    str | None, typer.Option(help="Group that guests' sockets are given to.")
+]
+SocketMode = Annotated[
+    str | None, typer.Option(help="Mode of guests' sockets; by default 0660.")
+]
 
 
 def main() -> None:
@@ -112,6 +118,8 @@ def up(
             help="Let 01:80:c2:00:00:0x (LACP, LLDP, STP) pass.",
         ),
     ] = None,
+    socket_group: SocketGroup = None,
+    socket_mode: SocketMode = None,
     config: Annotated[
         Path | None, typer.Option(help="TOML file with options and ports.")
     ] = None,
@@ -129,6 +137,8 @@ def up(
         "spares": spares,
         "idle-us": idle_us,
         "ageing": ageing,
+        "socket-group": socket_group,
+        "socket-mode": socket_mode,
         "config": config and config.absolute(),
     }.items():
         arguments += [f"--{name}={value}"] if value is not None else []
@@ -219,6 +229,8 @@ def add_port(
         Literal["auto", "vhost-net", "io_uring", "plain"],
         typer.Option(help="How a tap's frames come and go; auto: the best there is."),
     ] = "auto",
+    socket_group: SocketGroup = None,
+    socket_mode: SocketMode = None,
     libvirt: Annotated[
         bool, typer.Option("--libvirt", help="Print XML instead of QEMU arguments.")
     ] = False,
@@ -237,6 +249,8 @@ def add_port(
             max_addresses=max_addresses,
             config_space=config_space,
             backend=backend,
+            socket_group=socket_group,
+            socket_mode=socket_mode,
         )
     lines = ""
     if leads_to.kind == endpoint.VHOST:

@@ -111,7 +111,9 @@ class Manager:
             NumberPlan(_raise_file_limit()),
             lambda done, total: self._report({"progress": [done, total]}),
         )
-        self._ports = PortBook(self._shared, self._workers)
+        self._ports = PortBook(
+            self._shared, self._workers, options.socket_group, options.socket_mode
+        )
         self._usage = snapshot.Usage(self._shared)
         try:
             starting = asyncio.create_task(self._workers.start())

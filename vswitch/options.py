@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
 
+from ports.errors import PortError
+from ports.vhost.sockets import access
 from vswitch.control import config
 from vswitch.errors import ConfigError
 from vswitch.records import MAX_WORKERS
@@ -35,6 +37,8 @@ def parse_options(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument(
         "--forward-reserved", action=argparse.BooleanOptionalAction, default=True
     )
+    parser.add_argument("--socket-group", default="")
+    parser.add_argument("--socket-mode", default="0660")
     parser.add_argument("--status-fd", type=int, default=-1)
     path = parser.parse_args(arguments).config
     given = config.read(path) if path else config.NOTHING
@@ -64,7 +68,8 @@ def check_options(options: argparse.Namespace) -> None:
     """Refuse options that cannot work on this machine.
 
     Raises:
-        ConfigError: Too many workers, or a CPU that we may not use.
+        ConfigError: Too many workers, a CPU that we may not use, or a group that is not
+            there.
     """
     total = options.workers + options.spares
     if options.workers < 1 or options.spares < 0 or total > MAX_WORKERS:
@@ -75,3 +80,7 @@ def check_options(options: argparse.Namespace) -> None:
         if cpu not in allowed:
             text = f"cannot pin a worker to cpu {cpu}: we may use {sorted(allowed)}"
             raise ConfigError(f"{text} (choose with --cpus)")
+    try:
+        access(options.socket_group, options.socket_mode)
+    except PortError as error:
+        raise ConfigError(str(error)) from error

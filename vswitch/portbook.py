@@ -13,6 +13,7 @@ from ports.eth import EthPort
 from ports.host import Backend, State
 from ports.links import check_name
 from ports.tap import AUTO, BACKENDS, TapPort
+from ports.vhost.sockets import Access, access
 from ports.vhost_user import VhostUserPort
 from ports.xdp import XdpPort
 from vswitch.control import endpoint
@@ -92,9 +93,13 @@ class Entry:
 class PortBook:
     """All ports of a switch. One is added or removed at a time; that is the caller's."""
 
-    def __init__(self, shared: Shared, workers: Workers) -> None:
+    def __init__(
+        self, shared: Shared, workers: Workers, socket_group: str, socket_mode: str
+    ) -> None:
+        """Begin with none; for sockets of ports that do not say who may connect."""
         self._shared = shared
         self._workers = workers
+        self._sockets = {"socket_group": socket_group, "socket_mode": socket_mode}
         self._entries: dict[str, Entry] = {}
 
     def __iter__(self) -> Iterator[Entry]:
@@ -121,8 +126,8 @@ class PortBook:
         """Add a port; False with it where it was there already, just so.
 
         Args:
-            wanted: endpoint and name; mode, queues, max_addresses, config_space and
-                backend may be left out.
+            wanted: endpoint and name; the other words of a port in a configuration
+                file may be left out.
 
         Raises:
             VswitchError: The name or the endpoint is taken, or it cannot be opened.
@@ -195,6 +200,7 @@ class PortBook:
                 f"cannot choose the queues of {leads_to.text}: it takes all there are"
             )
             raise ConfigError(f"{text} (ethtool -L {leads_to.rest} combined N)")
+        allowed = self._who_may_connect(leads_to, wanted)
         pairs = _number(wanted, "queues", MAX_PAIRS, MAX_PAIRS)
         guest = leads_to.kind == endpoint.VHOST
         limit = _GUEST_ADDRESSES if guest else _UPLINK_ADDRESSES
@@ -211,6 +217,7 @@ class PortBook:
                 Path(leads_to.rest),
                 wanted["mode"],
                 pairs,
+                access=allowed,
                 config_space=bool(wanted.get("config_space")),
             )
         check_name(leads_to.kind, leads_to.rest)
@@ -219,6 +226,20 @@ class PortBook:
         if leads_to.kind == endpoint.ETH:
             return EthPort(self._workers, slot, name, leads_to.rest, pairs)
         return XdpPort(self._workers, slot, name, leads_to.rest)
+
+    def _who_may_connect(self, leads_to: Endpoint, wanted: Arguments) -> Access:
+        """Of a socket that we listen on: what the port says, else the switch.
+
+        Raises:
+            ConfigError: The port says it, and is no such socket.
+            PortError: There is no such group, or it is no mode.
+        """
+        own = {word: wanted[word] for word in self._sockets if wanted.get(word)}
+        listens = leads_to.kind == endpoint.VHOST and wanted["mode"] == "server"
+        if own and not listens:
+            text = f"cannot use {' and '.join(own)} with {leads_to.text}"
+            raise ConfigError(f"{text}: we do not listen there (leave it out)")
+        return access(**self._sockets | own)
 
     def _free_slot(self) -> int:
         taken = set(self.slots.values())

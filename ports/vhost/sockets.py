@@ -1,17 +1,49 @@
 """Unix sockets that front-ends connect to: made over stale files, refused with a reason."""
 
 import contextlib
+import grp
 import os
+import re
 import shlex
 import socket
 import stat
 from pathlib import Path
-from typing import Final
+from typing import Final, NamedTuple
 
 from ports import denied
 from ports.errors import PortError, errno_name
 
 _LONGEST_PATH: Final = 107  # sockaddr_un, without its final zero
+_MODE: Final = re.compile(r"0?[0-7]{3}")
+
+
+class Access(NamedTuple):
+    """Who may connect to a socket that we listen on."""
+
+    mode: int = 0o660
+    gid: int = -1  # as the process has it
+
+
+def access(socket_group: str, socket_mode: str) -> Access:
+    """Who may connect, as users write it: a group's name or number, a mode in octal.
+
+    Raises:
+        PortError: There is no such group, or it is no mode.
+    """
+    if not _MODE.fullmatch(socket_mode):
+        message = f"cannot use socket mode {socket_mode!r}: not three octal digits"
+        raise PortError(f"{message} (write it as 0660)")
+    return Access(int(socket_mode, 8), _gid(socket_group) if socket_group else -1)
+
+
+def _gid(group: str) -> int:
+    if re.fullmatch(r"[0-9]{1,9}", group):
+        return int(group)
+    try:
+        return grp.getgrnam(group).gr_gid
+    except KeyError:
+        message = f"cannot use socket group {group!r}: there is none of that name"
+        raise PortError(f"{message} (sudo groupadd {shlex.quote(group)})") from None
 
 
 def check_path(path: Path) -> None:
@@ -29,18 +61,19 @@ def check_path(path: Path) -> None:
         raise PortError(message)
 
 
-def listen(path: Path) -> socket.socket:
+def listen(path: Path, allowed: Access) -> socket.socket:
     """Bind a listening socket, over a stale file if need be.
 
     Raises:
-        PortError: Somebody listens there, or the directory is missing or closed to us.
+        PortError: Somebody listens there, the directory is missing or closed to us, or
+            we may not give the socket to that group.
     """
     listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     listener.setblocking(False)
     try:
         remove_stale(path)
         listener.bind(str(path))
-        path.chmod(0o660)
+        _admit(path, allowed)
         listener.listen(1)
     except OSError as error:
         listener.close()
@@ -49,6 +82,28 @@ def listen(path: Path) -> socket.socket:
         listener.close()
         raise
     return listener
+
+
+def _admit(path: Path, allowed: Access) -> None:
+    """Set who may connect; nobody can before somebody listens.
+
+    Raises:
+        PortError: We are no member of the group.
+    """
+    file = os.open(path, os.O_PATH | os.O_NOFOLLOW)  # others may write here, too
+    try:
+        os.chown(f"/proc/self/fd/{file}", -1, allowed.gid)
+        os.chmod(f"/proc/self/fd/{file}", allowed.mode)  # noqa: PTH101 (no path)
+    except PermissionError as error:
+        path.unlink()
+        group, user = denied.group_name(allowed.gid), denied.user_name(os.geteuid())
+        message = (
+            f"cannot give {path} to group {group}: {errno_name(error)}: we are uid"
+        )
+        message += f" {os.geteuid()} ({user}) and no member"
+        raise PortError(f"{message} (sudo usermod -aG {group} {user})") from error
+    finally:
+        os.close(file)
 
 
 def remove_stale(path: Path) -> None:

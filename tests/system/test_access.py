@@ -9,7 +9,7 @@ import pytest
 
 from tests import requirements
 from tests.other_user import GROUP, STRANGER, User
-from tests.switch import Switch, remove_directory, short_directory
+from tests.switch import RefusedError, Switch, remove_directory, short_directory
 
 pytestmark = pytest.mark.usefixtures("root")
 
@@ -149,22 +149,99 @@ def test_a_run_directory_of_somebody_else_is_not_used(place):
 # --- guests' sockets ---
 
 
-def listen(user, path):
+def owner(path):
+    status = path.stat()
+    return status.st_gid, stat.S_IMODE(status.st_mode)
+
+
+def connect(user, path):
+    code = "socket.socket(socket.AF_UNIX).connect(sys.argv[1])"
+    return user.run("import socket, sys", code, path)
+
+
+def test_guests_sockets_are_the_switchs_own_unless_somebody_says_otherwise(switch):
+    plain, given = switch.socket("plain"), switch.socket("given")
+    switch.add_port("plain")
+    assert owner(plain) == (0, 0o660)
+    switch.add_port("given", socket_group=str(GROUP), socket_mode="0620")
+    assert owner(given) == (GROUP, 0o620)
+    switch.directory.chmod(0o711)
+    assert connect(BY_GROUP, given)[0] == 0
+    for user, path in ((BY_GROUP, plain), (STRANGER, given)):
+        assert "PermissionError" in connect(user, path)[2]
+    for name in ("plain", "given"):
+        switch.ask("del_port", name=name)
+
+
+def test_a_switch_has_a_group_and_a_mode_for_all_its_sockets(start):
+    switch = start("--socket-group", GROUP, "--socket-mode", "666")
+    switch.add_port("a")
+    switch.add_port("b", socket_mode="0600")
+    assert owner(switch.socket("a")) == (GROUP, 0o666)
+    assert owner(switch.socket("b")) == (GROUP, 0o600)
+
+
+@pytest.mark.parametrize(
+    ("options", "found"),
+    [
+        (
+            {"socket_group": "no-such"},
+            "there is none of that name .sudo groupadd no-such",
+        ),
+        (
+            {"socket_mode": "0999"},
+            "cannot use socket mode '0999': not three octal digits",
+        ),
+        (
+            {"socket_mode": "4755"},
+            "cannot use socket mode '4755': not three octal digits",
+        ),
+        ({"mode": "client", "socket_mode": "0660"}, "we do not listen there"),
+        (
+            {"endpoint": "tap:t0", "socket_group": "0"},
+            "cannot use socket_group with tap:t0",
+        ),
+    ],
+    ids=str,
+)
+def test_access_that_cannot_be_is_refused(switch, options, found):
+    with pytest.raises(RefusedError, match=found):
+        switch.add_port("a", **options)
+    assert not switch.socket("a").exists()
+    assert switch.ask("show")["ports"] == []
+
+
+def test_a_switch_does_not_start_with_a_group_that_is_not_there(start):
+    with pytest.raises(RefusedError, match="cannot use socket group 'no-such'"):
+        start("--socket-group", "no-such")
+
+
+def listen(user, path, gid=-1):
     """What somebody is told who would listen there."""
     imports = """
 from pathlib import Path
 from ports.errors import PortError
-from ports.vhost.sockets import listen
+from ports.vhost.sockets import Access, listen
 """
     code = """
 try:
-    listen(Path(sys.argv[1]))
+    listen(Path(sys.argv[1]), Access(gid=int(sys.argv[2])))
 except PortError as error:
     print(error)
 """
-    _, out, err = user.run(imports, code, path)
+    _, out, err = user.run(imports, code, path, gid)
     assert err == ""
     return out.removesuffix("\n")
+
+
+def test_who_is_no_member_cannot_give_a_socket_to_a_group(place):
+    place.chmod(0o777)
+    path = place / "vm.sock"
+    assert listen(STRANGER, path, GROUP) == (
+        f"cannot give {path} to group {GROUP}: EPERM: {US} and no member"
+        f" (sudo usermod -aG {GROUP} 54321)"
+    )
+    assert list(place.iterdir()) == []
 
 
 def test_where_we_may_not_make_sockets_is_told_and_where_we_could(place):

@@ -109,6 +109,7 @@ def test_usage_errors_end_with_code_2(shell):
         ["up", "--cpus", "one"],
         ["up", "--workers", "0"],
         ["up", "--cpus", "4095"],
+        ["up", "--socket-mode", "rw"],
         ["add-port"],
         ["add-port", "tapp:up0"],
         ["add-port", "vm1.sock", "--name", "a b"],

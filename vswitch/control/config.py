@@ -36,6 +36,8 @@ _SWITCH: Final[dict[str, type]] = {
     "idle_us": int,
     "ageing": int,
     "forward_reserved": bool,
+    "socket_group": str,
+    "socket_mode": str,
 }
 _PORT: Final[dict[str, type]] = {
     "endpoint": str,
@@ -44,6 +46,8 @@ _PORT: Final[dict[str, type]] = {
     "max_addresses": int,
     "config_space": bool,
     "backend": str,
+    "socket_group": str,
+    "socket_mode": str,
 }
 _KINDS: Final = {
     int: "a whole number",
