@@ -25,27 +25,40 @@ def parse_options(arguments: Sequence[str]) -> argparse.Namespace:
     Raises:
         VswitchError: The file cannot be read, or makes no sense.
     """
-    parser = _Parser(prog="vswitch.manager")
+    parser = _Parser(prog="vswitch.manager", argument_default=argparse.SUPPRESS)
     parser.add_argument("--run-dir", required=True)
     parser.add_argument("--config", type=Path)
-    parser.add_argument("--workers", type=int, default=1)
-    parser.add_argument("--spares", type=int, default=1)
-    parser.add_argument("--cpus", type=_cpu_list, default=default_cpus())
-    parser.add_argument("--poll", choices=config.POLLS, default=config.POLLS[0])
-    parser.add_argument("--idle-us", type=int, default=100)
-    parser.add_argument("--ageing", type=int, default=300)
-    parser.add_argument(
-        "--forward-reserved", action=argparse.BooleanOptionalAction, default=True
-    )
-    parser.add_argument("--socket-group", default="")
-    parser.add_argument("--socket-mode", default="0660")
-    parser.add_argument("--status-fd", type=int, default=-1)
-    path = parser.parse_args(arguments).config
-    given = config.read(path) if path else config.NOTHING
-    parser.set_defaults(**given.switch)
-    options = parser.parse_args(arguments)
-    options.ports = given.ports
-    return options
+    parser.add_argument("--status-fd", type=int)
+    parser.add_argument("--workers", type=int)
+    parser.add_argument("--spares", type=int)
+    parser.add_argument("--cpus", type=_cpu_list)
+    parser.add_argument("--poll", choices=config.POLLS)
+    parser.add_argument("--idle-us", type=int)
+    parser.add_argument("--ageing", type=int)
+    parser.add_argument("--forward-reserved", action=argparse.BooleanOptionalAction)
+    parser.add_argument("--socket-group")
+    parser.add_argument("--socket-mode")
+    said = vars(parser.parse_args(arguments))
+    run_dir, path = said.pop("run_dir"), said.pop("config", None)
+    said.pop("status_fd", None)
+    config.check_switch(said)
+    file = config.read(path) if path else config.NOTHING
+    options = _defaults() | file.switch | said
+    return argparse.Namespace(**options, run_dir=run_dir, ports=file.ports)
+
+
+def _defaults() -> config.Words:
+    return {
+        "workers": 1,
+        "spares": 1,
+        "cpus": default_cpus(),
+        "poll": config.POLLS[0],
+        "idle_us": 100,
+        "ageing": 300,
+        "forward_reserved": True,
+        "socket_group": "",
+        "socket_mode": "0660",
+    }
 
 
 class _Parser(argparse.ArgumentParser):

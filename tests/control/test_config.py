@@ -26,6 +26,14 @@ max_addresses = 100
 backend = "plain"
 """
 
+MANY_LINES = """
+[switch]
+cpus = [
+    1,
+    "two",
+]
+"""
+
 
 def test_a_file_gives_options_and_ports_with_paths_beside_it():
     config = parse(GOOD, PATH)
@@ -55,28 +63,57 @@ def test_a_file_gives_options_and_ports_with_paths_beside_it():
     ("text", "found"),
     [
         ("[switch]\nworkers 1", "line 2"),
-        ("[switches]", r"'switches' is unknown \(known: switch, port\)"),
-        ("switch = 1", "switch is 1, not a table"),
-        ("[switch]\nworker = 1", r"\[switch\] 'worker' is unknown"),
-        ("[switch]\nworkers = '1'", r"workers is '1', not a whole number"),
-        ("[switch]\nworkers = true", r"workers is True, not a whole number"),
-        ("[switch]\ncpus = 1", r"cpus is 1, not a list"),
-        ("[switch]\ncpus = ['1']", r"cpus are not whole numbers"),
+        ("[switches]", r"line 1: 'switches' is unknown \(known: switch, port\)"),
+        ("switch = 1", "line 1: switch is 1, not a table"),
+        ("[switch]\nworker = 1", r"line 2: \[switch\] 'worker' is unknown"),
+        ("[switch]\nworkers = '1'", r"line 2: .* workers is '1', not a whole number"),
+        ("[switch]\nworkers = true", r"line 2: .* workers is True, not a whole number"),
+        ("[switch]\ncpus = 1", r"line 2: .* cpus is 1, not a list"),
+        (
+            "[switch]\ncpus = ['1']",
+            r"line 2: .* cpus is \['1'\], not a list of whole n",
+        ),
+        (
+            "[switch]\ncpus = []",
+            r"line 2: .* cpus is \[\], not a list of whole numbers",
+        ),
+        (MANY_LINES, r"line 3: .* cpus is \[1, 'two'\], not a list of whole numbers"),
         ("[switch]\npoll = 'lazy'", r"poll 'lazy' is unknown \(known: adaptive, busy"),
-        ("[port]\nvm1 = 1", r"\[port.vm1\] is not a table"),
-        ("[port.vm1]", r"\[port.vm1\] has no endpoint"),
-        ("[port.vm1]\nendpoint = 'tapp:x'", r"\[port.vm1\] .*'tapp' is unknown"),
-        ("[port.vm1]\nendpoint='a'\nmode='x'", r"mode 'x' is unknown \(known: server"),
+        ("[switch]\nageing = 0", r"line 2: .* ageing is 0, not within 1 to 1000000"),
+        (f"[switch]\nageing = {10**30}", "line 2: .* ageing is 1000.*, not within 1"),
+        (
+            "[switch]\nidle_us = -1",
+            r"line 2: .* idle_us is -1, not within 0 to 1000000",
+        ),
+        ("[port]\nvm1 = 1", r"line 2: \[port.vm1\] is not a table"),
+        ("[port.vm1]", r"line 1: \[port.vm1\] has no endpoint"),
+        ("[port.vm1]\nendpoint = 'tapp:x'", r"line 2: .*'tapp' is unknown"),
+        ('[port.vm1]\nendpoint = "a\\u0000"', "line 2: .* cannot be printed"),
+        (
+            "[port.vm1]\nendpoint='a'\nmode='x'",
+            r"line 3: .*'x' is unknown \(known: server",
+        ),
         (
             "[port.a]\nendpoint='tap:a'\nbackend='fast'",
-            r"\[port.a\] backend 'fast' is unknown \(known: auto, .*plain\)",
+            r"line 3: \[port.a\] backend 'fast' is unknown \(known: auto, .*plain\)",
         ),
-        ("[port.'a b']\nendpoint='a'", r"\[port.a b\] cannot use port name"),
+        ("[port.'a b']\nendpoint='a'", r"line 1: \[port.a b\] cannot use port name"),
+        (
+            '[port."a\\nb"]\nendpoint="a"',
+            r"line 1: \[port.'a\\nb'\] cannot use port name",
+        ),
+        (
+            "port.vm1.endpoint = 'a'\nport.vm1.queues = 'a'",
+            r"line 2: \[port.vm1\] queues",
+        ),
+        ("[switch]\r\nworkers = 1\r\nspares = ''\r\n", "line 3: .* spares is ''"),
+        ("a = " + "[" * 5000 + "]" * 5000, "recursion"),
     ],
 )
 def test_what_makes_no_sense_is_refused_with_its_place(text, found):
-    with pytest.raises(ConfigError, match=rf"{PATH}: .*{found}"):
+    with pytest.raises(ConfigError, match=rf"{PATH}: .*{found}") as refused:
         parse(text, PATH)
+    assert "\n" not in str(refused.value)
 
 
 def test_a_file_that_is_not_there_is_named(tmp_path):
@@ -106,6 +143,9 @@ def test_the_command_line_comes_before_the_file_and_the_file_before_defaults(tmp
         ("--cpus=a", r"'a' is no list of CPUs \(write it as 1,2\)"),
         ("--workers=many", "invalid int value: 'many'"),
         ("--poll=lazy", "invalid choice: 'lazy'"),
+        (f"--ageing={10**19}", "ageing is 1000.*, not within 1 to 1000000"),
+        ("--ageing=-1", "ageing is -1, not within 1 to 1000000"),
+        (f"--idle-us={10**19}", "idle_us is 1000.*, not within 0 to 1000000"),
         ("--frobnicate", "unrecognized arguments: --frobnicate"),
     ],
 )

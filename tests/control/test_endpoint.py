@@ -41,6 +41,12 @@ def test_an_endpoint_that_leads_nowhere_is_refused(text):
         parse(text, HERE)
 
 
+@pytest.mark.parametrize("text", ["a\0.sock", "a\n.sock", "tap:\x1b[2J", "\udcff.sock"])
+def test_an_endpoint_that_cannot_be_shown_is_refused(text):
+    with pytest.raises(ConfigError, match="a character of it cannot be printed"):
+        parse(text, HERE)
+
+
 @pytest.mark.parametrize("name", ["", "a b", "a/b", "a\n", "\x1b[2J", "x" * 65])
 def test_names_that_would_spoil_a_listing_are_refused(name):
     with pytest.raises(ConfigError, match="--name"):

@@ -109,6 +109,8 @@ def test_usage_errors_end_with_code_2(shell):
         ["up", "--cpus", "one"],
         ["up", "--workers", "0"],
         ["up", "--cpus", "4095"],
+        ["up", "--ageing", str(10**19)],
+        ["up", "--idle-us", "-1"],
         ["up", "--socket-mode", "rw"],
         ["add-port"],
         ["add-port", "tapp:up0"],

@@ -15,8 +15,10 @@
 Words are those of the command line. What the command line says comes first.
 """
 
+import bisect
+import contextlib
 import tomllib
-from collections.abc import Iterator
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
@@ -27,7 +29,10 @@ from vswitch.errors import ConfigError, VswitchError
 MODES: Final = ("server", "client")
 POLLS: Final = ("adaptive", "busy")
 
+Words = dict[str, Any]
+
 # word: kind of value
+_FILE: Final[dict[str, type]] = {"switch": dict, "port": dict}
 _SWITCH: Final[dict[str, type]] = {
     "workers": int,
     "spares": int,
@@ -49,19 +54,29 @@ _PORT: Final[dict[str, type]] = {
     "socket_group": str,
     "socket_mode": str,
 }
+_CHOICES: Final[dict[str, Collection[str]]] = {
+    "mode": MODES,
+    "backend": BACKENDS,
+    "poll": POLLS,
+}
+_RANGES: Final[dict[str, range]] = {
+    "ageing": range(1, 1_000_001),  # the fdb's stamps go round after 2 million seconds
+    "idle_us": range(1_000_001),
+}
 _KINDS: Final = {
     int: "a whole number",
     str: "text",
     bool: "true or false",
     list: "a list",
+    dict: "a table",
 }
 
 
 class Config(NamedTuple):
     """What a file says."""
 
-    switch: dict[str, Any]  # options of the manager
-    ports: list[dict[str, Any]]  # arguments of add_port, one a port
+    switch: Words  # options of the manager
+    ports: list[Words]  # arguments of add_port, one a port
 
 
 NOTHING: Final = Config({}, [])
@@ -75,7 +90,7 @@ def read(path: Path) -> Config:
         VswitchError: It cannot be read.
     """
     try:
-        text = path.read_text()
+        text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise VswitchError(f"cannot read {path}: {error}") from error
     return parse(text, path)
@@ -87,54 +102,101 @@ def parse(text: str, path: Path) -> Config:
     Raises:
         ConfigError: It is no TOML, or says what makes no sense.
     """
+    directory = path.absolute().parent
     try:
         document = tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
+    except (ValueError, RecursionError) as error:  # brackets may be nested too deep
         raise ConfigError(f"{path}: {error}") from error
-    _check_words(path, "", document, {"switch": dict, "port": dict})
-    switch = document.get("switch", {})
-    _check_words(path, "[switch] ", switch, _SWITCH)
-    _check_choice(path, "[switch] ", switch, "poll", POLLS)
-    if "cpus" in switch and not all(type(cpu) is int for cpu in switch["cpus"]):
-        raise ConfigError(f"{path}: [switch] cpus are not whole numbers")
-    ports = list(_ports(path, document.get("port", {})))
-    return Config(dict(switch), ports)
+    for fault in _faults(document, directory):
+        line = _line(text, fault, directory)
+        raise ConfigError(f"{path}: line {line}: {fault}")
+    ports = [
+        words | {"name": name, "endpoint": _full(words["endpoint"], directory)}
+        for name, words in document.get("port", {}).items()
+    ]
+    return Config(document.get("switch", {}), ports)
 
 
-def _ports(path: Path, tables: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    for name, table in tables.items():
-        where = f"[port.{name}] "
-        if not isinstance(table, dict):
-            raise ConfigError(f"{path}: {where}is not a table")
-        _check_words(path, where, table, _PORT)
-        _check_choice(path, where, table, "mode", MODES)
-        _check_choice(path, where, table, "backend", BACKENDS)
-        if "endpoint" not in table:
-            raise ConfigError(f"{path}: {where}has no endpoint")
-        try:
-            leads_to = endpoint.parse(table["endpoint"], path.absolute().parent)
-            endpoint.check_name(name)
-        except ConfigError as error:
-            raise ConfigError(f"{path}: {where}{error}") from error
-        yield {**table, "name": name, "endpoint": leads_to.text}
+def check_switch(words: Words) -> None:
+    """Refuse options that a file could not have.
+
+    Raises:
+        ConfigError: A value cannot be.
+    """
+    for fault in _wrong(words, _SWITCH):
+        raise ConfigError(f"cannot start: {fault}")
 
 
-def _check_words(
-    path: Path, where: str, table: dict[str, Any], known: dict[str, type]
-) -> None:
-    for word, value in table.items():
+def _full(where: str, directory: Path) -> str:
+    return endpoint.parse(where, directory).text
+
+
+# --- what can be wrong, each told in the same words whatever stands beside it ---
+
+
+def _faults(document: Words, directory: Path) -> Iterator[str]:
+    outermost = list(_wrong(document, _FILE))
+    yield from outermost
+    if outermost:
+        return
+    yield from _within("[switch]", _wrong(document.get("switch", {}), _SWITCH))
+    for name, port in document.get("port", {}).items():
+        header = f"[port.{name if name.isprintable() else ascii(name)}]"
+        yield from _within(header, _port_faults(name, port, directory))
+
+
+def _within(where: str, faults: Iterator[str]) -> Iterator[str]:
+    return (f"{where} {fault}" for fault in faults)
+
+
+def _port_faults(name: str, words: object, directory: Path) -> Iterator[str]:
+    if not isinstance(words, dict):
+        yield "is not a table"
+        return
+    yield from _refusal(endpoint.check_name, name)
+    yield from _wrong(words, _PORT, needed=["endpoint"])
+    if isinstance(where := words.get("endpoint"), str):
+        yield from _refusal(endpoint.parse, where, directory)
+
+
+def _wrong(
+    words: Words, known: dict[str, type], needed: Collection[str] = ()
+) -> Iterator[str]:
+    for word, value in words.items():
+        kind = type(value)
         if word not in known:
-            text = f"{path}: {where}{word!r} is unknown"
-            raise ConfigError(f"{text} (known: {', '.join(known)})")
-        if type(value) is not known[word]:
-            kind = _KINDS.get(known[word], "a table")
-            raise ConfigError(f"{path}: {where}{word} is {value!r}, not {kind}")
+            yield f"{word!r} is unknown (known: {', '.join(known)})"
+        elif kind is not known[word]:
+            yield f"{word} is {value!r}, not {_KINDS[known[word]]}"
+        elif word == "cpus" and not (value and all(type(cpu) is int for cpu in value)):
+            yield f"cpus is {value!r}, not a list of whole numbers"
+        elif value not in _CHOICES.get(word, [value]):
+            yield f"{word} {value!r} is unknown (known: {', '.join(_CHOICES[word])})"
+        elif value not in _RANGES.get(word, [value]):
+            within = _RANGES[word]
+            yield f"{word} is {value}, not within {within[0]} to {within[-1]}"
+    yield from (f"has no {word}" for word in needed if word not in words)
 
 
-def _check_choice(
-    path: Path, where: str, table: dict[str, Any], word: str, choices: tuple[str, ...]
-) -> None:
-    value = table.get(word, choices[0])
-    if value not in choices:
-        text = f"{path}: {where}{word} {value!r} is unknown"
-        raise ConfigError(f"{text} (known: {', '.join(choices)})")
+def _refusal(check: Callable[..., object], *arguments: object) -> Iterator[str]:
+    try:
+        check(*arguments)
+    except VswitchError as error:
+        yield str(error)
+
+
+def _line(text: str, fault: str, directory: Path) -> int:
+    """The line at which a fault begins: read down to there, the file has it.
+
+    The parser does not say where it found what; this holds however it is written.
+    """
+    lines = text.split("\n")
+
+    def is_there(count: int) -> bool:
+        for end in range(count, len(lines) + 1):  # a value may go on for some lines
+            with contextlib.suppress(ValueError):
+                document = tomllib.loads("\n".join(lines[:end]) + "\n")
+                return fault in _faults(document, directory)
+        return True
+
+    return bisect.bisect_left(range(1, len(lines)), True, key=is_there) + 1

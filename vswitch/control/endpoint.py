@@ -49,7 +49,7 @@ def parse(text: str, directory: Path) -> Endpoint:
     """An endpoint as a user wrote it; relative paths start at `directory`.
 
     Raises:
-        ConfigError: Its kind is unknown, or nothing follows.
+        ConfigError: Its kind is unknown, nothing follows, or what cannot be shown.
     """
     found = _KIND.fullmatch(text)
     kind, rest = (found[1], found[2]) if found else (VHOST, text)
@@ -59,6 +59,9 @@ def parse(text: str, directory: Path) -> Endpoint:
         raise ConfigError(f"{message} (known: {known})")
     if not rest:
         raise ConfigError(f"cannot use endpoint {text!r}: it leads nowhere")
+    if not rest.isprintable():
+        message = f"cannot use endpoint {text!r}: a character of it cannot be printed"
+        raise ConfigError(f"{message} (choose another name)")
     if kind == VHOST:
         rest = str(_absolute(directory / rest))
     return Endpoint(kind, rest)
