@@ -21,6 +21,10 @@ class RefusedError(AssertionError):
     """The manager said no."""
 
 
+class NoAnswerError(AssertionError):
+    """The manager hung up."""
+
+
 class Switch:
     """A running switch; it and all that it made end with the `with`.
 
@@ -67,6 +71,8 @@ class Switch:
                 stderr=log,
             )
         os.close(write_end)
+        if self._status:
+            self._status.close()
         self._status = os.fdopen(read_end, "rb", buffering=0)
 
     def wait_ready(self):
@@ -89,6 +95,9 @@ class Switch:
     def end(self, number=signal.SIGTERM):
         self._process.send_signal(number)
         return self.wait_ended()
+
+    def kill(self):
+        self._process.kill()
 
     def close(self):
         """End it however it goes, and remove what a killed one leaves."""
@@ -132,6 +141,7 @@ class Switch:
 
         Raises:
             RefusedError: It answered with an error.
+            NoAnswerError: It hung up.
         """
         with self.connect() as control:
             control.sendall(msgpack.packb({"command": command, **arguments}))
@@ -142,7 +152,7 @@ class Switch:
                     if "error" in answer:
                         raise RefusedError(answer["error"]["message"])
                     return answer["ok"]
-        raise AssertionError(f"no answer to {command}")
+        raise NoAnswerError(command)
 
     def add_port(self, name, endpoint=None, mode="server", **options):
         known = dict.fromkeys(("max_addresses", "queues", "mtu"))

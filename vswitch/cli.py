@@ -121,13 +121,23 @@ def up(
     socket_group: SocketGroup = None,
     socket_mode: SocketMode = None,
     config: Annotated[
-        Path | None, typer.Option(help="TOML file with options and ports.")
+        Path | None,
+        typer.Option(
+            help="TOML file with options, ports and pinned addresses.", readable=False
+        ),
     ] = None,
     foreground: Annotated[
         bool, typer.Option("--foreground", help="Stay, and end with Ctrl-C.")
     ] = False,
 ) -> None:
-    """Start the switch; returns when frames can flow."""
+    """Start the switch; returns when frames can flow.
+
+    Where the last run was killed, or ended by `down --keep`, its options, ports and pinned
+    addresses come back. What this command says counts most, then what FILE says, then
+    what was before, then the defaults; a port of FILE that had been removed is there again.
+    A port that was there before and cannot be opened now is shown as down and tried again;
+    one that only FILE knows ends the start.
+    """
     run_dir = rundir.choose(context.obj)
     arguments = ["--run-dir", str(run_dir)]
     for name, value in {
@@ -166,19 +176,38 @@ def _say_up(ready: dict[str, Any], seconds: float) -> None:
         f"pid {ready['pid']}",
     ]
     print(f"up in {seconds:.1f} s: {', '.join(parts)}")
+    restored = ready["restored"]
+    if restored["ports"] or restored["addresses"]:
+        ports = _plural(restored["ports"], "port")
+        addresses = _plural(restored["addresses"], "pinned address", "es")
+        print(f"from the run before: {ports}, {addresses}")
+    for trouble in restored["troubles"]:
+        print(f"warning: {trouble}", file=sys.stderr)
 
 
 @app.command()
-def down(context: typer.Context) -> None:
-    """Stop the switch and remove what it made."""
+def down(
+    context: typer.Context,
+    keep: Annotated[
+        bool,
+        typer.Option("--keep", help="Keep what is set for the next `vswitch up`."),
+    ] = False,
+) -> None:
+    """Stop the switch and remove what it made; what was set is forgotten.
+
+    What is to be there each time belongs in a file (vswitch up --config FILE).
+    """
     run_dir = rundir.choose(context.obj)
     pid = rundir.holder(run_dir)
     if pid is None:
-        text = f"no manager in {run_dir} (start it with: vswitch up)"
-        raise NoManagerError(text)
+        text, advice = f"no manager in {run_dir}", "start it with: vswitch up"
+        if (left := run_dir / rundir.STATE).exists():
+            text += "; what was set in the last run is kept"
+            advice = f"vswitch up goes on from it, rm {left} forgets it"
+        raise NoManagerError(f"{text} ({advice})")
     process = os.pidfd_open(pid)
     try:
-        _ask_to_end(run_dir, process)
+        _ask_to_end(run_dir, process, keep=keep)
         if not select.select([process], [], [], _DOWN_S)[0]:
             text = f"the manager, pid {pid}, did not end within {_DOWN_S:.0f} s"
             raise VswitchError(f"{text} (kill -9 {pid}, then vswitch up cleans up)")
@@ -187,13 +216,17 @@ def down(context: typer.Context) -> None:
     print("down")
 
 
-def _ask_to_end(run_dir: Path, process: int) -> None:
-    """By a signal, which needs nobody to listen."""
-    try:
-        signal.pidfd_send_signal(process, signal.SIGTERM)
-    except PermissionError:  # a member of the group may ask, and not send signals
-        with Client(run_dir) as manager:
-            manager.ask("down")
+def _ask_to_end(run_dir: Path, process: int, *, keep: bool) -> None:
+    """By a signal, which needs nobody to listen; what it cannot say over the socket."""
+    if not keep:
+        try:
+            signal.pidfd_send_signal(process, signal.SIGTERM)
+        except PermissionError:  # a member of the group may ask, and not send signals
+            pass
+        else:
+            return
+    with Client(run_dir) as manager:
+        manager.ask("down", keep=keep)
 
 
 @app.command("add-port")
@@ -355,7 +388,7 @@ def fdb_flush(
     """Forget all learned addresses."""
     with _manager(context) as manager:
         flushed = manager.ask("fdb_flush", ifname=port)["flushed"]
-    print(f"{flushed} address{'' if flushed == 1 else 'es'} forgotten")
+    print(f"{_plural(flushed, 'address', 'es')} forgotten")
 
 
 @app.command()
@@ -426,8 +459,8 @@ def _print_json(answer: object, indent: int | None = 2) -> None:
     print(json.dumps(answer, indent=indent), flush=True)
 
 
-def _plural(count: int, word: str) -> str:
-    return f"{count} {word}{'' if count == 1 else 's'}"
+def _plural(count: int, word: str, ending: str = "s") -> str:
+    return f"{count} {word}{'' if count == 1 else ending}"
 
 
 if __name__ == "__main__":

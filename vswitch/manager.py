@@ -2,10 +2,11 @@
 
     python -m vswitch.manager --run-dir DIR ... [--status-fd FD]
 
-It makes the segment, starts the workers, serves commands on the control socket and holds
-the ports. Whoever started it reads progress and the outcome of the start from the status
-descriptor; without one they go to the log. SIGTERM, SIGINT and the command `down` end
-everything and leave nothing behind but the log.
+It makes the segment, starts the workers, brings back what was set when a run before it was
+killed, serves commands on the control socket and holds the ports. Whoever started it reads
+progress and the outcome of the start from the status descriptor; without one they go to
+the log. SIGTERM, SIGINT and the command `down` end everything and leave nothing behind but
+the log, and what is set if `down` says so.
 """
 
 import argparse
@@ -26,18 +27,18 @@ from ports.errors import PortError
 from ports.vhost.sockets import remove_stale
 from vswitch import __version__, snapshot
 from vswitch import shared as segment
-from vswitch.control import endpoint, rundir
-from vswitch.control.endpoint import Endpoint
+from vswitch.control import rundir, state
+from vswitch.control.config import NOTHING
 from vswitch.errors import VswitchError
-from vswitch.options import check_options, parse_options
+from vswitch.options import check_options, parse_options, under
 from vswitch.plan import NumberPlan
 from vswitch.portbook import PortBook
 from vswitch.server import Arguments, Commands, ControlServer
+from vswitch.settings import Restored, Settings
 from vswitch.workers import Options, Workers
 
 _MOST_FILES: Final = 65536
 _SAMPLE_S: Final = 1.0
-_MADE: Final = "made"  # in the run directory: sockets made outside of it
 _LONGEST_LOG: Final = 8 << 20
 
 _log = logging.getLogger(__name__)
@@ -52,8 +53,8 @@ class Manager:
         self._options = options
         self._report = report
         self._run_dir = Path(options.run_dir)
-        self._changing = asyncio.Lock()  # one port is added or removed at a time
         self._done = asyncio.Event()
+        self._keeps = False  # beyond its end, what is set
         self._commands: Commands = {
             "status": self._status,
             "add_port": self._add_port,
@@ -77,13 +78,16 @@ class Manager:
         """
         with rundir.hold(self._run_dir):
             _trim_log(self._run_dir)
+            self._before = state.read(self._run_dir) or NOTHING
+            self._options = under(self._options, self._before.switch)
+            check_options(self._options)
             _remove_leftovers(self._run_dir)
             self._make_segment()
             try:
                 await self._start_and_serve()
             finally:
                 segment.remove(self._run_dir)
-                for leaf in (rundir.CONTROL, _MADE):
+                for leaf in (rundir.CONTROL, rundir.MADE):
                     (self._run_dir / leaf).unlink(missing_ok=True)
 
     def _make_segment(self) -> None:
@@ -114,6 +118,9 @@ class Manager:
         self._ports = PortBook(
             self._shared, self._workers, options.socket_group, options.socket_mode
         )
+        self._settings = Settings(
+            self._run_dir, self._ports, self._workers, options.said
+        )
         self._usage = snapshot.Usage(self._shared)
         try:
             starting = asyncio.create_task(self._workers.start())
@@ -122,32 +129,40 @@ class Manager:
                 starting.cancel()
             else:
                 await starting
-                for port in self._options.ports:
-                    await self._add_port(port)
-                await self._serve()
+                restored = await self._settings.restore(options.file, self._before)
+                await self._serve(restored)
         finally:
             await self._ports.close()
             await self._workers.stop()
             _log.info("down")
 
-    async def _serve(self) -> None:
+    async def _serve(self, restored: Restored) -> None:
+        self._keeps = self._done.is_set()  # a start that was broken off changes nothing
         server = ControlServer(self._run_dir / rundir.CONTROL, self._commands)
         await server.start()
-        sampling = asyncio.create_task(self._sample_forever())
-        self._report({"ready": {"pid": os.getpid(), **self._describe()}})
+        chores = [
+            asyncio.create_task(self._sample_forever()),
+            asyncio.create_task(self._settings.retry_forever()),
+        ]
+        ready = {"pid": os.getpid(), "restored": restored._asdict()}
+        self._report({"ready": ready | self._describe()})
         _log.info("up pid=%d workers=%d", os.getpid(), self._options.workers)
         try:
             await self._done.wait()
         finally:
-            sampling.cancel()
+            for chore in chores:
+                chore.cancel()
+            await asyncio.gather(*chores, return_exceptions=True)
             await server.stop()
+        if not self._keeps:
+            state.forget(self._run_dir)
 
     async def _sample_forever(self) -> None:
         """Note every second what `show` wants to know of the time before."""
         while True:
             await asyncio.sleep(_SAMPLE_S)
             self._usage.sample()
-            for entry in self._ports:
+            for entry in (*self._ports, *self._ports.missing):
                 entry.note_state()
 
     def _describe(self) -> Arguments:
@@ -165,31 +180,29 @@ class Manager:
     async def _status(self, _: Arguments) -> Arguments:
         return {"pid": os.getpid(), "version": __version__, **self._describe()}
 
-    async def _down(self, _: Arguments) -> Arguments:
+    async def _down(self, wanted: Arguments) -> Arguments:
+        self._keeps = bool(wanted.get("keep"))
         self._done.set()
         return {"pid": os.getpid()}
 
     async def _add_port(self, wanted: Arguments) -> Arguments:
-        leads_to = endpoint.parse(str(wanted["endpoint"]), Path("/"))
-        async with self._changing:
-            self._note_made(leads_to)
-            entry, changed = await self._ports.add(wanted)
+        entry, added = await self._settings.add_port(wanted)
         return {
             "name": entry.port.name,
             "kind": entry.port.kind,
             "endpoint": entry.endpoint.text,
             "mode": entry.port.mode,
-            "changed": changed,
+            "changed": added,
             "warnings": list(entry.port.warnings),
         }
 
     async def _del_port(self, wanted: Arguments) -> Arguments:
-        async with self._changing:
-            await self._ports.remove(str(wanted["name"]))
+        await self._settings.del_port(str(wanted["name"]))
         return {}
 
     async def _show(self, _: Arguments) -> Arguments:
-        ports = [entry.describe() for entry in self._ports]
+        entries = (*self._ports, *self._ports.missing)
+        ports = [entry.describe() for entry in entries]
         return {"workers": self._usage.workers(), "ports": ports}
 
     async def _stats(self, _: Arguments) -> Arguments:
@@ -200,30 +213,19 @@ class Manager:
         return snapshot.fdb_entries(self._shared, names)
 
     async def _fdb_add(self, wanted: Arguments) -> Arguments:
-        entry = self._ports.named(str(wanted["ifname"]))
-        key = snapshot.parse_key(str(wanted["mac"]), int(wanted.get("vlan") or 0))
-        if not await self._workers.change_fdb("set", key, entry.slot):
-            text = f"cannot add {wanted['mac']}: its bucket is full of static entries"
-            raise VswitchError(f"{text} (delete one)")
+        vlan, name = int(wanted.get("vlan") or 0), str(wanted["ifname"])
+        await self._settings.add_address(str(wanted["mac"]), vlan, name)
         return {}
 
     async def _fdb_del(self, wanted: Arguments) -> Arguments:
-        key = snapshot.parse_key(str(wanted["mac"]), int(wanted.get("vlan") or 0))
-        if not await self._workers.change_fdb("remove", key):
-            text = f"cannot delete {wanted['mac']}: it is not in the table"
-            raise VswitchError(f"{text} (vswitch fdb show)")
+        vlan = int(wanted.get("vlan") or 0)
+        await self._settings.del_address(str(wanted["mac"]), vlan)
         return {}
 
     async def _fdb_flush(self, wanted: Arguments) -> Arguments:
         name = wanted.get("ifname")
         slot = self._ports.named(str(name)).slot if name else -1
         return {"flushed": await self._workers.flush(slot, also_static=False)}
-
-    def _note_made(self, leads_to: Endpoint) -> None:
-        """Remember a socket file outside the run directory, should we be killed."""
-        if leads_to.kind == endpoint.VHOST:
-            with (self._run_dir / _MADE).open("a") as made:
-                made.write(f"{leads_to.rest}\n")
 
 
 def _remove_leftovers(run_dir: Path) -> None:
@@ -233,7 +235,7 @@ def _remove_leftovers(run_dir: Path) -> None:
     are listed in `made`; one that somebody listens on again is not ours any more.
     """
     (run_dir / rundir.CONTROL).unlink(missing_ok=True)
-    made = run_dir / _MADE
+    made = run_dir / rundir.MADE
     for line in made.read_text().splitlines() if made.exists() else []:
         with contextlib.suppress(PortError, OSError):
             remove_stale(Path(line))
@@ -273,7 +275,6 @@ def run(options: argparse.Namespace, report: Callable[[Arguments], None]) -> int
     Errors of the start are reported, not raised.
     """
     try:
-        check_options(options)
         asyncio.run(_run(options, report))
     except VswitchError as error:
         report({"error": {"code": error.code, "message": str(error)}})

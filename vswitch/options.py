@@ -22,6 +22,9 @@ def default_cpus() -> list[int]:
 def parse_options(arguments: Sequence[str]) -> argparse.Namespace:
     """The options of `python -m vswitch.manager`, over those of a configuration file.
 
+    Beside each option there are `file`, what the file says, and `said`, the options that
+    somebody gave, there or here.
+
     Raises:
         VswitchError: The file cannot be read, or makes no sense.
     """
@@ -43,8 +46,16 @@ def parse_options(arguments: Sequence[str]) -> argparse.Namespace:
     said.pop("status_fd", None)
     config.check_switch(said)
     file = config.read(path) if path else config.NOTHING
-    options = _defaults() | file.switch | said
-    return argparse.Namespace(**options, run_dir=run_dir, ports=file.ports)
+    said = file.switch | said
+    return argparse.Namespace(
+        **_defaults() | said, run_dir=run_dir, file=file, said=said
+    )
+
+
+def under(options: argparse.Namespace, before: config.Words) -> argparse.Namespace:
+    """The options, with those of an earlier run where nobody said anything now."""
+    said = before | options.said
+    return argparse.Namespace(**vars(options) | before | options.said | {"said": said})
 
 
 def _defaults() -> config.Words:

@@ -12,18 +12,20 @@ from ports.errors import PortError
 from ports.eth import EthPort
 from ports.host import Backend, State
 from ports.links import check_name
-from ports.tap import AUTO, BACKENDS, TapPort
+from ports.tap import AUTO, TapPort
 from ports.vhost.sockets import Access, access
 from ports.vhost_user import VhostUserPort
 from ports.xdp import XdpPort
 from vswitch.control import endpoint
 from vswitch.control.endpoint import Endpoint
 from vswitch.errors import ConfigError, VswitchError
+from vswitch.missing import MissingPort
 from vswitch.records import Shared
 from vswitch.workers import Workers
 
 _GUEST_ADDRESSES: Final = 16384
 _UPLINK_ADDRESSES: Final = 65536
+_NO_SLOT: Final = -1
 
 _log = logging.getLogger(__name__)
 
@@ -101,9 +103,15 @@ class PortBook:
         self._workers = workers
         self._sockets = {"socket_group": socket_group, "socket_mode": socket_mode}
         self._entries: dict[str, Entry] = {}
+        self._missing: dict[str, Entry] = {}
 
     def __iter__(self) -> Iterator[Entry]:
         return iter(list(self._entries.values()))
+
+    @property
+    def missing(self) -> list[Entry]:
+        """Ports that are wanted and could not be opened; they have no slot."""
+        return list(self._missing.values())
 
     @property
     def slots(self) -> dict[str, int]:
@@ -117,6 +125,9 @@ class PortBook:
             VswitchError: There is none.
         """
         entry = self._entries.get(name)
+        if name in self._missing:
+            reason = self._missing[name].port.state().reason
+            raise VswitchError(f"port {name} is down: {reason}")
         if entry is None:
             known = ", ".join(self._entries) or "none"
             raise VswitchError(f"no port {name} (known: {known})")
@@ -148,8 +159,19 @@ class PortBook:
             self._clear(slot)
             raise VswitchError(f"port {name}: {error}") from error
         entry = self._entries[name] = Entry(slot, leads_to, port)
+        self._missing.pop(name, None)
         _log.info("port %s: added endpoint=%s", name, leads_to.text)
         return entry, True
+
+    def miss(self, wanted: Arguments, reason: str) -> None:
+        """Show a port that is wanted and could not be opened, or why it still cannot."""
+        leads_to = endpoint.parse(wanted["endpoint"], Path("/"))
+        guest = leads_to.kind == endpoint.VHOST
+        kind = VhostUserPort.kind if guest else leads_to.kind
+        mode = wanted.get("mode", "server") if guest else ""
+        port = MissingPort(wanted["name"], kind, mode, reason)
+        entry = self._missing.setdefault(port.name, Entry(_NO_SLOT, leads_to, port))
+        entry.port = port
 
     async def remove(self, name: str) -> None:
         """Close a port and forget what was behind it.
@@ -157,6 +179,8 @@ class PortBook:
         Raises:
             VswitchError: There is none of that name.
         """
+        if self._missing.pop(name, None):
+            return
         entry = self.named(name)
         await entry.port.close()
         await self._workers.flush(entry.slot, also_static=True)
@@ -267,15 +291,11 @@ def _are_one(one: Endpoint, other: Endpoint) -> bool:
 
 
 def _check_backend(backend: str, leads_to: Endpoint) -> None:
-    """Refuse a backend that there is not, or not for this kind of port.
+    """Refuse a choice of backend where there is none.
 
     Raises:
         ConfigError: Just so.
     """
-    if backend not in BACKENDS:
-        known = ", ".join(BACKENDS)
-        text = f"cannot use backend {backend!r}: it is unknown (known: {known})"
-        raise ConfigError(text)
     if backend != AUTO and leads_to.kind != endpoint.TAP:
         text = f"cannot use backend {backend!r} with {leads_to.text}"
         raise ConfigError(f"{text}: only a tap has a choice (leave it out)")

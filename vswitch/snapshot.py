@@ -4,14 +4,13 @@ Counters are kept per worker and port; here they are summed. Everything is read 
 segment, so it works beside a running switch.
 """
 
-import re
 import time
 from typing import Any, Final
 
 import numpy as np
 
 from ports.counters import NAMES
-from vswitch.errors import VswitchError
+from vswitch.control.mac import format_mac
 from vswitch.records import (
     FDB_PORT_MASK,
     FDB_STAMP_MASK,
@@ -32,8 +31,6 @@ _STATES: Final = {
     WORKER_POLLING: "polling",
     WORKER_SLEEPING: "sleeping",
 }
-_MAC: Final = re.compile(r"(?:[0-9a-f]{2}:){5}[0-9a-f]{2}")
-_LAST_VLAN: Final = 4094
 
 
 class Usage:
@@ -122,30 +119,6 @@ def fdb_entries(shared: Shared, names: dict[int, str]) -> list[dict[str, Any]]:
                 }
             )
     return sorted(entries, key=lambda entry: (entry["vlan"], entry["mac"]))
-
-
-def parse_key(mac: str, vlan: int) -> int:
-    """The fdb's key for an address as users write it.
-
-    Raises:
-        VswitchError: It is no address of a station, or no VLAN.
-    """
-    if not _MAC.fullmatch(mac.lower()):
-        text = f"cannot use address {mac!r}: not six hexadecimal bytes"
-        raise VswitchError(f"{text} (write it as 52:54:00:12:34:56)")
-    address = bytes.fromhex(mac.replace(":", ""))
-    if address[0] & 1 or not any(address):
-        text = f"cannot use address {mac}: a group's or zero (give a station's)"
-        raise VswitchError(text)
-    if not 0 <= vlan <= _LAST_VLAN:
-        text = f"cannot use VLAN {vlan}: not within 0 to {_LAST_VLAN} (0: untagged)"
-        raise VswitchError(text)
-    return vlan << 48 | int.from_bytes(address, "little")
-
-
-def format_mac(key: int) -> str:
-    """An address as users write it."""
-    return (key & 0xFFFFFFFFFFFF).to_bytes(6, "little").hex(":")
 
 
 def _alive(shared: Shared) -> list[tuple[int, Any]]:

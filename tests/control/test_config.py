@@ -4,7 +4,7 @@ import pytest
 
 from vswitch.control.config import parse, read
 from vswitch.errors import ConfigError, VswitchError
-from vswitch.options import parse_options
+from vswitch.options import parse_options, under
 
 PATH = Path("/etc/vswitch/lab.toml")
 
@@ -24,6 +24,10 @@ queues = 2
 endpoint = "tap:up0"
 max_addresses = 100
 backend = "plain"
+
+[[fdb]]
+mac = "52:54:00:12:34:56"
+ifname = "vm1"
 """
 
 MANY_LINES = """
@@ -57,13 +61,14 @@ def test_a_file_gives_options_and_ports_with_paths_beside_it():
             "backend": "plain",
         },
     ]
+    assert config.fdb == [{"mac": "52:54:00:12:34:56", "ifname": "vm1"}]
 
 
 @pytest.mark.parametrize(
     ("text", "found"),
     [
         ("[switch]\nworkers 1", "line 2"),
-        ("[switches]", r"line 1: 'switches' is unknown \(known: switch, port\)"),
+        ("[switches]", r"line 1: 'switches' is unknown \(known: switch, port, fdb\)"),
         ("switch = 1", "line 1: switch is 1, not a table"),
         ("[switch]\nworker = 1", r"line 2: \[switch\] 'worker' is unknown"),
         ("[switch]\nworkers = '1'", r"line 2: .* workers is '1', not a whole number"),
@@ -103,6 +108,17 @@ def test_a_file_gives_options_and_ports_with_paths_beside_it():
             r"line 1: \[port.'a\\nb'\] cannot use port name",
         ),
         (
+            f"{GOOD}vlan = '1'",
+            r"line 21: \[\[fdb\]\] number 1 vlan is '1', not a whole",
+        ),
+        (f"{GOOD}vlan = 5000", r"line 21: .*cannot use VLAN 5000"),
+        (f"{GOOD}[[fdb]]\nifname = 'up0'", r"line 21: .* number 2 has no mac"),
+        (GOOD.replace('"52:', '"53:'), r"line 19: .* number 1 cannot use address 53:"),
+        (
+            GOOD.replace('= "vm1"', '= "vm2"'),
+            "line 20: .* ifname 'vm2' is no port here",
+        ),
+        (
             "port.vm1.endpoint = 'a'\nport.vm1.queues = 'a'",
             r"line 2: \[port.vm1\] queues",
         ),
@@ -135,6 +151,18 @@ def test_the_command_line_comes_before_the_file_and_the_file_before_defaults(tmp
     assert (options.workers, options.spares, options.ageing) == (2, 2, 60)
     assert options.poll == "adaptive"
     assert options.forward_reserved is True
+
+
+def test_what_was_before_comes_after_what_is_said_now_and_before_defaults(tmp_path):
+    path = tmp_path / "lab.toml"
+    path.write_text("[switch]\nworkers = 3\nspares = 2\n")
+    options = parse_options(["--run-dir=/r", f"--config={path}", "--workers=2"])
+    before = {"workers": 4, "spares": 4, "ageing": 60, "forward_reserved": False}
+    now = under(options, before)
+    assert (now.workers, now.spares, now.ageing, now.idle_us) == (2, 2, 60, 100)
+    assert now.forward_reserved is False
+    said = {"workers": 2, "spares": 2, "ageing": 60, "forward_reserved": False}
+    assert now.said == said
 
 
 @pytest.mark.parametrize(

@@ -1,13 +1,11 @@
 """What users see, from records that a test wrote."""
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 from ports.counters import NAMES
 from tests.datapath.conftest import make_shared
 from vswitch import snapshot
-from vswitch.errors import VswitchError
+from vswitch.control.mac import parse_key
 from vswitch.records import (
     FDB_STAMP_MASK,
     FDB_STAMP_SHIFT,
@@ -34,62 +32,11 @@ def remember(shared, bucket, way, key, port, *, stamp=NOW_S, static=False):
     shared.fdb[bucket]["values"][way] = value | FDB_STATIC * static
 
 
-# --- addresses ---
-
-
-def test_an_address_is_written_as_on_the_wire():
-    assert snapshot.format_mac(0x563412005452) == "52:54:00:12:34:56"
-    assert snapshot.format_mac(7 << 48 | 0x52) == "52:00:00:00:00:00"
-
-
-@given(st.binary(min_size=6, max_size=6), st.integers(0, 4094), st.booleans())
-def test_a_key_is_an_address_and_a_vlan(address, vlan, upper):
-    address = bytes((address[0] & 0xFE, *address[1:5], address[5] | 1))
-    text = address.hex(":").upper() if upper else address.hex(":")
-    key = snapshot.parse_key(text, vlan)
-    assert key >> 48 == vlan
-    assert key & (1 << 48) - 1 == int.from_bytes(address, "little")
-    assert snapshot.format_mac(key) == text.lower()
-
-
-@pytest.mark.parametrize(
-    "text",
-    [
-        "",
-        "52:54:00:12:34",
-        "52:54:00:12:34:56:78",
-        "5254.0012.3456",
-        "52-54-00-12-34-56",
-        "52:54:00:12:34:5g",
-        " 52:54:00:12:34:56",
-        "52:54:00:12:34:56\n",
-    ],
-)
-def test_what_is_no_address_is_quoted(text):
-    with pytest.raises(VswitchError, match="not six hexadecimal bytes") as raised:
-        snapshot.parse_key(text, 0)
-    assert repr(text) in str(raised.value)
-
-
-@pytest.mark.parametrize(
-    "text", ["00:00:00:00:00:00", "ff:ff:ff:ff:ff:ff", "01:80:c2:00:00:00"]
-)
-def test_no_station_has_a_groups_address_or_zero(text):
-    with pytest.raises(VswitchError, match="a group's or zero"):
-        snapshot.parse_key(text, 0)
-
-
-@pytest.mark.parametrize("vlan", [-1, 4095, 1 << 16])
-def test_a_vlan_has_twelve_bits(vlan):
-    with pytest.raises(VswitchError, match="not within 0 to 4094"):
-        snapshot.parse_key("52:54:00:12:34:56", vlan)
-
-
 # --- the forwarding database ---
 
 
 def test_an_entry_says_where_how_and_how_long_ago(shared):
-    remember(shared, 3, 4, snapshot.parse_key("52:54:00:00:00:01", 0), 2, stamp=990)
+    remember(shared, 3, 4, parse_key("52:54:00:00:00:01", 0), 2, stamp=990)
     assert snapshot.fdb_entries(shared, {2: "web"}) == [
         {
             "mac": "52:54:00:00:00:01",
@@ -108,7 +55,7 @@ def test_entries_are_sorted_by_vlan_and_address(shared):
         ("fe:00:00:00:00:01", 0),
     ]
     for bucket, (text, vlan) in enumerate(texts):
-        remember(shared, bucket, 0, snapshot.parse_key(text, vlan), 1)
+        remember(shared, bucket, 0, parse_key(text, vlan), 1)
     found = snapshot.fdb_entries(shared, {1: "a"})
     assert [(e["mac"], e["vlan"]) for e in found] == [texts[2], texts[1], texts[0]]
 

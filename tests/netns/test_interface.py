@@ -66,6 +66,23 @@ def test_an_interface_stays_as_it_was_when_the_switch_is_killed(
     wait_for(lambda: namespace.link("life1")["promiscuity"] == 0, "the workers' end")
 
 
+def test_an_interface_that_is_missing_after_a_kill_is_shown_and_waited_for(
+    start, bench, namespace, far, kind
+):
+    bench.cable("life2", far)
+    switch = start("--spares", 0)
+    switch.add_port("life2", f"{kind}:life2")
+    switch.end(signal.SIGKILL)
+    namespace.ip("link delete life2")
+    switch.start()
+    port = switch.port("life2")
+    assert (port["kind"], port["state"], port["mode"]) == (kind, "down", "")
+    why = "cannot use interface life2: there is none (choose one of: ip link show)"
+    assert port["reason"] == f"{why}; it is tried again"
+    bench.cable("life2", far)
+    switch.wait_for_state("life2", "up")
+
+
 def test_the_link_is_followed_down_and_up(plugged, switch, namespace, kind):
     guest, wire = plugged("link0")
     assert_passes_both_ways(guest, wire)

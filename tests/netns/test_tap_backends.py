@@ -119,9 +119,9 @@ def test_where_it_is_forbidden_the_next_is_taken_and_the_reason_shown(
     assert namespace.link("lack1") is None
 
 
-@pytest.mark.parametrize("name", ["fast", "PLAIN", 7])
+@pytest.mark.parametrize("name", ["fast", "PLAIN"])
 def test_an_unknown_backend_is_refused(switch, namespace, name):
-    text = "cannot use backend '.*': it is unknown .known: auto, vhost-net, io_uring, plain."
+    text = f"backend '{name}' is unknown .known: auto, vhost-net, io_uring, plain."
     with pytest.raises(RefusedError, match=text):
         switch.add_port("odd1", "tap:odd1", backend=name)
     assert namespace.link("odd1") is None

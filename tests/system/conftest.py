@@ -2,6 +2,7 @@ import pytest
 
 from tests.switch import Switch, remove_directory, short_directory
 from tests.system.net import Net
+from tests.system.shell import Shell
 
 
 @pytest.fixture(scope="module")
@@ -49,6 +50,14 @@ def own_net(start):
     yield make
     for net in nets:
         next(net, None)
+
+
+@pytest.fixture
+def shell(tmp_path):
+    """No switch yet; one that the test leaves running is taken down."""
+    it = Shell(tmp_path)
+    yield it
+    it.run("down")
 
 
 def _net(switch):

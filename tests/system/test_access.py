@@ -196,6 +196,7 @@ def test_a_switch_has_a_group_and_a_mode_for_all_its_sockets(start):
             {"socket_mode": "4755"},
             "cannot use socket mode '4755': not three octal digits",
         ),
+        ({"socket_mode": 384}, "socket_mode is 384, not text"),
         ({"mode": "client", "socket_mode": "0660"}, "we do not listen there"),
         (
             {"endpoint": "tap:t0", "socket_group": "0"},

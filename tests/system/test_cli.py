@@ -1,61 +1,17 @@
 """The command as users type it: what it prints, its exit codes, and its JSON."""
 
 import json
-import os
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
+from tests.system.shell import FAILED, NO_MANAGER, Shell
 from vswitch.guest import Guest
 
-VSWITCH = [sys.executable, "-m", "vswitch.cli"]
-FAILED, USAGE, NO_MANAGER, INTERRUPTED = 1, 2, 3, 130
+USAGE, INTERRUPTED = 2, 130
 
 pytestmark = pytest.mark.timeout(180)
-
-
-class Shell:
-    """Runs `vswitch` in a directory of its own."""
-
-    def __init__(self, directory):
-        self.directory = directory
-        self.run_dir = directory / "run"
-
-    def start(self, *arguments, **options):
-        environment = os.environ | {"VSWITCH_RUN_DIR": str(self.run_dir)}
-        return subprocess.Popen(
-            [*VSWITCH, *arguments],
-            cwd=self.directory,
-            env=environment,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            **options,
-        )
-
-    def run(self, *arguments):
-        with self.start(*arguments) as process:
-            out, err = process.communicate(timeout=120)
-        return process.returncode, out, err
-
-    def ok(self, *arguments):
-        code, out, err = self.run(*arguments)
-        assert code == 0, (out, err)
-        return out
-
-    def json(self, *arguments):
-        return json.loads(self.ok(*arguments, "-j"))
-
-    def error(self, *arguments):
-        """The exit code and the one line of an error."""
-        code, _, err = self.run(*arguments)
-        assert code != 0
-        assert err.startswith("vswitch: ")
-        assert err.count("\n") == 1, err
-        return code, err
 
 
 @pytest.fixture(scope="module")
@@ -65,14 +21,6 @@ def up(tmp_path_factory):
     shell.ok("up")
     yield shell
     shell.ok("down")
-
-
-@pytest.fixture
-def shell(tmp_path):
-    """No switch yet; one that the test leaves running is taken down."""
-    it = Shell(tmp_path)
-    yield it
-    it.run("down")
 
 
 def test_up_says_what_runs_and_down_leaves_nothing_but_the_log(shell):

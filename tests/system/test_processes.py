@@ -2,6 +2,7 @@
 
 import os
 import signal
+import socket
 from pathlib import Path
 
 import pytest
@@ -92,12 +93,17 @@ def test_what_a_killed_manager_left_is_cleaned_by_the_next(start):
     switch.end(signal.SIGKILL)
     assert_gone(switch, [], pids)
     assert all(path.exists() for path in files)
+    unanswered = switch.socket("d")  # killed after it was made, before it was kept
+    with socket.socket(socket.AF_UNIX) as gone:
+        gone.bind(str(unanswered))
+    with (switch.run_dir / "made").open("a") as made:
+        made.write(f"{unanswered}\n")
     before = switch.segment.stat().st_ino
     switch.start()
     assert switch.segment.stat().st_ino != before
-    assert not switch.socket("a").exists()
-    assert not switch.socket("b").exists()
+    assert not unanswered.exists()
     assert listening.exists()
+    assert [port["name"] for port in switch.ask("show")["ports"]] == ["a", "b", "c"]
     again = Net(switch)
     exchange_both_ways(again.guest("a"), again.guest("b"))
     again.check()
@@ -115,7 +121,10 @@ def test_a_stale_socket_that_somebody_else_listens_on_now_is_left_alone(start):
     guest = Net(switch).behind(switch.socket("a"), mode="server")
     switch.start()
     assert switch.socket("a").exists()
+    assert switch.port("a")["state"] == "down"
+    assert "EADDRINUSE: another process is listening" in switch.port("a")["reason"]
     guest.close()
+    switch.wait_for_state("a", "waiting-for-frontend")
 
 
 def test_all_workers_hold_the_same_addresses_and_numbers(own_net):

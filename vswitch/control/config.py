@@ -12,7 +12,12 @@
     [port.up0]
     endpoint = "tap:up0"
 
-Words are those of the command line. What the command line says comes first.
+    [[fdb]]                      # an address pinned to a port
+    mac = "52:54:00:12:34:56"
+    ifname = "vm1"
+
+Words are those of the command line and of its listings. What the command line says comes
+first. The state file (`state.py`) is read here as well.
 """
 
 import bisect
@@ -24,6 +29,7 @@ from typing import Any, Final, NamedTuple
 
 from ports.tap import BACKENDS
 from vswitch.control import endpoint
+from vswitch.control.mac import parse_key
 from vswitch.errors import ConfigError, VswitchError
 
 MODES: Final = ("server", "client")
@@ -32,7 +38,7 @@ POLLS: Final = ("adaptive", "busy")
 Words = dict[str, Any]
 
 # word: kind of value
-_FILE: Final[dict[str, type]] = {"switch": dict, "port": dict}
+_FILE: Final[dict[str, type]] = {"switch": dict, "port": dict, "fdb": list}
 _SWITCH: Final[dict[str, type]] = {
     "workers": int,
     "spares": int,
@@ -54,6 +60,7 @@ _PORT: Final[dict[str, type]] = {
     "socket_group": str,
     "socket_mode": str,
 }
+_FDB: Final[dict[str, type]] = {"mac": str, "ifname": str, "vlan": int}
 _CHOICES: Final[dict[str, Collection[str]]] = {
     "mode": MODES,
     "backend": BACKENDS,
@@ -77,9 +84,10 @@ class Config(NamedTuple):
 
     switch: Words  # options of the manager
     ports: list[Words]  # arguments of add_port, one a port
+    fdb: list[Words]  # arguments of fdb_add, one an address
 
 
-NOTHING: Final = Config({}, [])
+NOTHING: Final = Config({}, [], [])
 
 
 def read(path: Path) -> Config:
@@ -114,7 +122,7 @@ def parse(text: str, path: Path) -> Config:
         words | {"name": name, "endpoint": _full(words["endpoint"], directory)}
         for name, words in document.get("port", {}).items()
     ]
-    return Config(document.get("switch", {}), ports)
+    return Config(document.get("switch", {}), ports, document.get("fdb", []))
 
 
 def check_switch(words: Words) -> None:
@@ -125,6 +133,22 @@ def check_switch(words: Words) -> None:
     """
     for fault in _wrong(words, _SWITCH):
         raise ConfigError(f"cannot start: {fault}")
+
+
+def port_words(wanted: Words) -> Words:
+    """What describes a port in a request to add one, in the words of a file.
+
+    Raises:
+        ConfigError: A word is unknown, or its value cannot be.
+    """
+    said = {word: value for word, value in wanted.items() if value is not None}
+    for fault in _wrong(said, {"name": str, **_PORT}):
+        raise ConfigError(f"cannot add port {said.get('name')}: {fault}")
+    return {
+        word: _full(value, Path("/")) if word == "endpoint" else value
+        for word, value in said.items()
+        if value is not False
+    }
 
 
 def _full(where: str, directory: Path) -> str:
@@ -140,9 +164,12 @@ def _faults(document: Words, directory: Path) -> Iterator[str]:
     if outermost:
         return
     yield from _within("[switch]", _wrong(document.get("switch", {}), _SWITCH))
-    for name, port in document.get("port", {}).items():
+    ports = document.get("port", {})
+    for name, port in ports.items():
         header = f"[port.{name if name.isprintable() else ascii(name)}]"
         yield from _within(header, _port_faults(name, port, directory))
+    for number, address in enumerate(document.get("fdb", []), 1):
+        yield from _within(f"[[fdb]] number {number}", _fdb_faults(address, ports))
 
 
 def _within(where: str, faults: Iterator[str]) -> Iterator[str]:
@@ -157,6 +184,18 @@ def _port_faults(name: str, words: object, directory: Path) -> Iterator[str]:
     yield from _wrong(words, _PORT, needed=["endpoint"])
     if isinstance(where := words.get("endpoint"), str):
         yield from _refusal(endpoint.parse, where, directory)
+
+
+def _fdb_faults(words: object, ports: Collection[str]) -> Iterator[str]:
+    if not isinstance(words, dict):
+        yield "is not a table"
+        return
+    yield from _wrong(words, _FDB, needed=["mac", "ifname"])
+    mac, vlan, name = words.get("mac"), words.get("vlan", 0), words.get("ifname")
+    if isinstance(mac, str) and isinstance(vlan, int):
+        yield from _refusal(parse_key, mac, vlan)
+    if isinstance(name, str) and name not in ports:
+        yield f"ifname {name!r} is no port here"
 
 
 def _wrong(

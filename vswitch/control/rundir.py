@@ -1,4 +1,4 @@
-"""The run directory: where a switch's control socket, pid file and log are.
+"""The run directory: where a switch's control socket, pid file, state and log are.
 
 Its pid file is locked by the manager as long as that lives, so whether a manager is there
 is the kernel's answer and not a guess from a number.
@@ -20,6 +20,8 @@ from vswitch.errors import ConfigError, VswitchError
 
 CONTROL: Final = "control.sock"
 LOG: Final = "log"
+MADE: Final = "made"  # sockets made outside of the directory
+STATE: Final = "state.toml"
 _PID: Final = "pid"
 _ROOT: Final = 0
 _SYSTEM: Final = Path("/run/vswitch")
