@@ -1,6 +1,7 @@
 """Interfaces as uplinks: one end of a veth, whose other end is in a second namespace."""
 
 import asyncio
+import gc
 import os
 import re
 import shlex
@@ -422,6 +423,7 @@ class FewHost:
 
 
 def open_files():
+    gc.collect()  # what earlier tests left to it
     return sorted(Path("/proc/self/fd").iterdir())
 
 

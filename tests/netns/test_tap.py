@@ -195,7 +195,7 @@ def test_a_tun_that_another_program_has_is_no_tap(bench, switch):
         ("tap%d", "a character the kernel refuses"),
         ("tap 0", "a character the kernel refuses"),
         ("tap:0", "a character the kernel refuses"),
-        ("tap\0", "a character the kernel refuses"),
+        ("tap\0", "a character of it cannot be printed"),
         ("a/b", "a character the kernel refuses"),
         ("..", "a character the kernel refuses"),
     ],

@@ -23,6 +23,7 @@ pytestmark = [pytest.mark.vm, pytest.mark.timeout(600)]
 
 ORDINARY = 1518  # bytes of a frame at most
 SUPER_FRAME = 3_000  # bytes a frame on average
+FEW = 10  # frames that connections of before still had to send
 ABLE, UNABLE = ("vm1", "vm2"), ("vm3", "vm4")
 HOSTS = {"tap": "uplink0", "eth": "wire0", "xdp": "wire1"}
 XDP = HOSTS["xdp"]
@@ -207,7 +208,8 @@ def test_a_host_without_offloads_sends_to_guests(net, target, host):
     finally:
         net.hosts[host].run(*switch, "on")  # and with it what needs it
     assert not is_super(sent)
-    assert (came.tx_gso_split, came.tx_csum_completed) == (0, 0)
+    assert came.tx_gso_split == 0
+    assert came.tx_csum_completed <= FEW
 
 
 def set_mtu(net, guest, host, mtu):
