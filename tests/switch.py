@@ -133,7 +133,11 @@ class Switch:
         """A connection to the control socket."""
         control = socket.socket(socket.AF_UNIX)
         control.settimeout(30)
-        control.connect(str(self.run_dir / "control.sock"))
+        try:
+            control.connect(str(self.run_dir / "control.sock"))
+        except OSError:
+            control.close()
+            raise
         return control
 
     def ask(self, command, **arguments):
