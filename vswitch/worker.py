@@ -300,6 +300,12 @@ def _cycles_per_s() -> int:
     return max(1, cycles * 10**9 // (time.monotonic_ns() - begin_ns))
 
 
+def _has_hung_up(sock: socket.socket) -> bool:
+    poll = select.poll()
+    poll.register(sock, select.POLLRDHUP)
+    return bool(poll.poll(0))
+
+
 def main() -> None:
     """Run a worker on the socket that the manager passed."""
     fd, number, run_dir, cpu, poll, idle_us = sys.argv[1:]
@@ -310,6 +316,8 @@ def main() -> None:
     worker = Worker(
         sock, int(number), Path(run_dir), busy=poll == "busy", idle_us=int(idle_us)
     )
+    if _has_hung_up(sock):
+        return  # that may be the segment of our manager's successor
     try:
         worker.warm_up()
         # Not before: loading is a second's work, and somebody forwards on that CPU.
