@@ -59,7 +59,7 @@ def move(mover, lab, machine, directory):
     """The guest on its new machine, and how long it stood still."""
     (target,) = lab.boot(machine._replace(incoming=True), wait=False)
     mover.begin_move(target, directory / "move")
-    pause_s = mover.end_move()
+    pause_s = mover.end_move(target)
     return target, pause_s
 
 

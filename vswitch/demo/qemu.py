@@ -226,8 +226,8 @@ class QemuGuest:
         self._qmp.execute("migrate", uri=f"unix:{path}")
         self._qmp.wait_for_event("MIGRATION", status="active")
 
-    def end_move(self) -> float:
-        """Wait until the guest runs in its target; how long it stood still, seconds.
+    def end_move(self, target: Self) -> float:
+        """Wait until the guest runs in `target`; how long it stood still, seconds.
 
         Raises:
             VswitchError: It did not get there, and why.
@@ -239,6 +239,8 @@ class QemuGuest:
         if status != "completed":
             text = f"guest {self.machine.name}: cannot move: {status}"
             raise VswitchError(f"{text}: {facts.get('error-desc', 'QEMU did not say')}")
+        # What is typed before would be overwritten by the serial port's moved state.
+        target._qmp.wait_for_event("RESUME")
         return float(facts["downtime"]) / 1000
 
     def cancel_move(self) -> None:
