@@ -6,7 +6,8 @@ It owns nothing: the manager tells it what to map where and which descriptors to
 which numbers, the shared records say which rings are its own. It exits when the manager's
 socket closes.
 
-States: polling (turn after turn) until nothing came for the idle time; then it asks the
+States: polling (turn after turn) until nothing came for the idle time, with busy polling
+for as long as there is a ring to poll; then it asks the
 guests for kicks, looks once more, and sleeps in epoll on kicks, taps and the manager's
 socket. Descriptors are watched edge-triggered, so a kick is never read: each write to an
 eventfd is an edge.
@@ -127,7 +128,7 @@ class Worker:
             self._report_lost()
             self._handle_messages()
             idle = not moved and now - last_frame >= self._idle_ns
-            if idle and not self._busy:
+            if idle and not (self._busy and self._polled.size):
                 self._sleep()
                 last_frame = time.monotonic_ns()
 

@@ -8,7 +8,8 @@ after which nobody uses what was there before.
 A worker's death is seen through its pidfd. Its rings change owner in the shared records,
 the heir repairs and polls them, and a replacement starts as the new spare. A death while
 answers are due counts as an answer: the dead use nothing. What a worker left behind stays
-on a list until somebody has repaired it and lived to say so; the heir may die too.
+on a list until somebody has repaired it and lived to say so; the heir may die too. A
+worker that hangs is killed, and then is a dead one.
 """
 
 import asyncio
@@ -32,7 +33,7 @@ from ports import cache
 from ports.aio import readable as _readable
 from ports.base import RING_STOPPED, RX
 from ports.host import Mapping, nothing
-from vswitch import rarp
+from vswitch import rarp, watch
 from vswitch.control import protocol
 from vswitch.errors import VswitchError
 from vswitch.plan import AddressPlan, NumberPlan
@@ -84,6 +85,8 @@ class _Process:
     sock: socket.socket
     started: float
     ready: bool = False
+    account: watch.Account = field(default_factory=watch.Account)
+    hangs: bool = False  # found so, and killed
     outbox: deque[tuple[list[Any], tuple[int, ...]]] = field(default_factory=deque)
     due: dict[int, asyncio.Future[int]] = field(default_factory=dict)
 
@@ -133,6 +136,7 @@ class Workers:
             await self._end([self._processes[_COMPILER]])
         self._spawn_missing(range(self._options.active, total))
         await self._start_until_ready(range(self._options.active))
+        self._later(self._watch_forever())
 
     async def stop(self) -> None:
         """End every worker and give back what was kept for them."""
@@ -396,6 +400,22 @@ class Workers:
             mapped.lost()
 
     # --- death ---
+
+    async def _watch_forever(self) -> None:
+        """Kill workers that hang. One that is not ready yet compiles, or loads."""
+        while True:
+            await asyncio.sleep(watch.PERIOD_S)
+            for process in self._ready():
+                record = self._shared.workers[process.number]
+                seen = None if process.hangs else watch.look_at(process.pid, record)
+                if seen and process.account.note(seen):
+                    self._end_hang(process)
+
+    def _end_hang(self, process: _Process) -> None:
+        text = "worker %d hangs: %s (killing it) pid=%d"
+        _log.warning(text, process.number, process.account, process.pid)
+        process.hangs = True
+        signal.pidfd_send_signal(process.pidfd, signal.SIGKILL)
 
     def _on_death(self, process: _Process) -> None:
         _, status = os.waitpid(process.pid, 0)

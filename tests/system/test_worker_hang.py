@@ -1,0 +1,99 @@
+"""A worker that hangs is killed and replaced; one that gets no CPU is left alone."""
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+
+import pytest
+
+from tests.system.net import Stream, exchange_both_ways
+from vswitch import shared
+
+FAULTS = Path(__file__).parent / "faults"
+SPIN, WAIT = signal.SIGUSR1, signal.SIGUSR2
+STARVED_S = 2.0
+
+
+@pytest.fixture
+def net(own_net, monkeypatch):
+    """A switch whose workers have faults to begin, and sleep only without a ring."""
+    monkeypatch.setenv("PYTHONPATH", str(FAULTS), prepend=os.pathsep)
+    return own_net("--poll", "busy")
+
+
+def test_a_worker_that_hangs_is_killed_and_its_rings_are_served_again(net):
+    a, b = net.pair()
+    since = [net.switch.port(name)["since"] for name in "ab"]
+    for number, state in ((SPIN, "R"), (WAIT, "S"), (signal.SIGSTOP, "T")):
+        net.switch.wait_for_workers(1, 1)
+        (worker,) = net.switch.workers("active")
+        with Stream((a, b)) as flow:
+            flow.wait_for_more(net.switch)
+            os.kill(worker["pid"], number)
+            net.switch.wait_for_log(f"died: SIGKILL pid={worker['pid']}")
+            found = f"hangs: no turn .* state {state} .*pid={worker['pid']}"
+            assert re.search(found, net.switch.log)
+            flow.wait_for_more(net.switch)
+            flow.stop()
+    assert [net.switch.port(name)["since"] for name in "ab"] == since
+    assert len(re.findall("hangs:", net.switch.log)) == 3
+    exchange_both_ways(a, b)
+
+
+def test_spares_that_sleep_do_not_hang_unless_they_are_stopped(net):
+    net.switch.wait_for_workers(1, 1)
+    (spare,) = net.switch.workers("spare")
+    os.kill(spare["pid"], signal.SIGSTOP)
+    net.switch.wait_for_log(f"died: SIGKILL pid={spare['pid']}")
+    net.switch.wait_for_workers(1, 1)
+    assert net.switch.log.count("hangs:") == 1
+
+
+def test_a_worker_that_gets_no_cpu_does_not_hang(net):
+    a, b = net.pair()
+    net.switch.wait_for_workers(1, 1)
+    (worker,) = net.switch.workers("active")
+    record = shared.attach(net.switch.run_dir).workers[worker["id"]]
+    before = net.switch.worker_pids()
+    with Stream((a, b)) as flow:
+        flow.wait_for_more(net.switch)
+        with ExitStack() as hogs:
+            for _ in range(4):
+                hogs.enter_context(hog(worker["cpu"]))
+            # Among these it gets a thousandth, and that in a piece now and then.
+            os.sched_setscheduler(worker["pid"], os.SCHED_IDLE, os.sched_param(0))
+            assert longest_turn_s(record, STARVED_S, timeout=60.0) >= STARVED_S
+        assert flow.stop().clean
+    assert net.switch.worker_pids() == before
+    assert "hangs" not in net.switch.log
+    exchange_both_ways(a, b)
+
+
+@contextmanager
+def hog(cpu):
+    """A process that takes all it can get of one CPU."""
+    code = f"import os\nos.sched_setaffinity(0, [{cpu}])\nwhile True: pass"
+    process = subprocess.Popen([sys.executable, "-c", code])
+    try:
+        yield
+    finally:
+        process.kill()
+        process.wait()
+
+
+def longest_turn_s(record, enough_s, timeout):
+    """The longest time that a worker made no turn, as soon as it is enough."""
+    longest, turns, since = 0.0, -1, time.monotonic()
+    deadline = since + timeout
+    while longest < enough_s and time.monotonic() < deadline:
+        now = time.monotonic()
+        if int(record["turns"]) != turns:
+            turns, since = int(record["turns"]), now
+        longest = max(longest, now - since)
+        time.sleep(0.001)
+    return longest

@@ -1,0 +1,117 @@
+"""Whether a worker hangs: it had its time and made no turn of it.
+
+A worker that makes no turn may sleep, may wait for a CPU on a loaded machine, or may hang.
+Only a hang is worth a death, so time counts only where nobody else can be the reason:
+
+- time that its thread was on a CPU, by the kernel's account;
+- time between two looks that both found it stopped, or waiting for something that is not
+  a CPU. Not while another thread of it wants to run: that one may hold what is waited
+  for, and be the one that gets no CPU.
+
+A turn clears the account, and so does sleep that the worker has announced. Two periods at
+most count a look: what passes while nobody looks, as when all of the machine stood still,
+is held against nobody.
+"""
+
+import os
+import time
+from pathlib import Path
+from typing import Final, NamedTuple
+
+import numpy as np
+
+from vswitch.records import WORKER_SLEEPING
+
+PERIOD_S: Final = 0.05
+LONGEST_S: Final = 0.5
+_MOST_S: Final = 2 * PERIOD_S  # of a look
+
+_STATES: Final = {
+    "R": "running",
+    "S": "sleeping",
+    "D": "in the kernel",
+    "T": "stopped",
+    "t": "stopped by a debugger",
+}
+_ASLEEP: Final = "S"
+_STOPPED: Final = "Tt"
+_WAITING: Final = "SDTt"
+_TICKS: Final = os.sysconf("SC_CLK_TCK")
+# proc_pid_stat(5), counted from the field behind the name: state, utime, stime.
+_STATE, _UTIME, _STIME = 0, 11, 12
+
+
+class Thread(NamedTuple):
+    """What the kernel says of a thread."""
+
+    state: str  # a letter
+    cpu_s: float
+
+
+class Seen(NamedTuple):
+    """A worker at one look."""
+
+    now_s: float
+    turns: int
+    asleep: bool  # by its own account
+    thread: Thread
+    held_up: bool  # another thread of it wants to run
+
+
+class Account:
+    """The time that a worker has had since its last turn."""
+
+    def __init__(self) -> None:
+        self.on_cpu_s = 0.0
+        self.blocked_s = 0.0
+        self._last: Seen | None = None
+
+    def note(self, seen: Seen) -> bool:
+        """Note a look at the worker; whether it hangs."""
+        last, self._last = self._last, seen
+        sleeps = seen.asleep and seen.thread.state == _ASLEEP
+        if last is None or sleeps or seen.turns != last.turns:
+            self.on_cpu_s = self.blocked_s = 0.0
+            return False
+        on_cpu_s = seen.thread.cpu_s - last.thread.cpu_s
+        self.on_cpu_s += min(on_cpu_s, _MOST_S)
+        states = last.thread.state, seen.thread.state
+        if all(state in _WAITING for state in states) and not seen.held_up:
+            passed_s = min(seen.now_s - last.now_s, _MOST_S)
+            self.blocked_s += max(0.0, passed_s - on_cpu_s)
+        return self.on_cpu_s + self.blocked_s >= LONGEST_S
+
+    @property
+    def is_stopped(self) -> bool:
+        """Whether somebody outside stopped it."""
+        return self._last is not None and self._last.thread.state in _STOPPED
+
+    def __str__(self) -> str:
+        state = self._last.thread.state if self._last else "?"
+        return (
+            f"no turn while it was on a CPU for {self.on_cpu_s:.2f} s and waited for"
+            f" {self.blocked_s:.2f} s, state {state} ({_STATES.get(state, 'unknown')})"
+        )
+
+
+def look_at(pid: int, record: np.void) -> Seen | None:
+    """Look at a worker by its pid and WORKER record; None if it is gone."""
+    turns, asleep = int(record["turns"]), int(record["state"]) == WORKER_SLEEPING
+    threads = Path(f"/proc/{pid}/task")
+    try:
+        thread = _read(threads / str(pid))
+        held_up = thread.state in _WAITING and not asleep and _others_run(threads, pid)
+    except (FileNotFoundError, ProcessLookupError):
+        return None
+    return Seen(time.monotonic(), turns, asleep, thread, held_up)
+
+
+def _others_run(threads: Path, pid: int) -> bool:
+    others = [path for path in threads.iterdir() if path.name != str(pid)]
+    return any(_read(path).state == "R" for path in others)
+
+
+def _read(thread: Path) -> Thread:
+    fields = (thread / "stat").read_text().rpartition(")")[2].split()
+    ticks = int(fields[_UTIME]) + int(fields[_STIME])
+    return Thread(fields[_STATE], ticks / _TICKS)
