@@ -78,6 +78,7 @@ CONTEXT: Final = np.dtype(
         ("fdb", "<i8"),
         ("counters", "<i8"),
         ("workers", "<i8"),
+        ("serving", "<i8"),  # of the worker's own record, where it says what it is at
         ("burst", "<i8"),  # FRAME[2 * BURST_SIZE]; the second half for `offload.lower`
         ("segments", "<i8"),  # SEGMENT rows of the burst
         ("targets", "<i8"),  # SEGMENT rows of one delivery

@@ -39,6 +39,15 @@ _MAX_SPINS: Final = 1 << 16
 
 
 @jit
+def mark_ring(ctx: Record, index: int) -> None:
+    """Say which ring we are at from now on, or -1: none.
+
+    Whoever finds us dead wants to know. A store to a line that only we write.
+    """
+    store_u64(int(ctx["serving"]), index + 1)
+
+
+@jit
 def receive(ring: Record, port: Record, ctx: Record, tally: Record) -> int:
     """Take up to a burst of frames from the port; return how many."""
     if int(port["kind"]) == KIND_VHOST_USER:
@@ -90,6 +99,7 @@ def transmit(ctx: Record, egress: int, worker: int, n: int, tally: Record) -> in
     if int(port["up"]) == 0:
         tally["tx_drop_not_ready"] += n
         return 0
+    mark_ring(ctx, egress * RINGS_PER_PORT + TX)
     if int(ctx["offloads"]) == 0:
         return _transmit_run(ctx, port, egress, worker, n, tally)
     return _transmit_mixed(ctx, port, egress, worker, n, tally)

@@ -65,6 +65,7 @@ _LOG_WINDOW_S: Final = 10.0
 _LOG_LINES: Final = 20
 _BRIEF_S: Final = 1.0
 _LEFT_OFTEN: Final = 3
+_FAULTS_COUNT_S: Final = 3600.0  # a fault is forgotten after that
 
 _log = logging.getLogger(__name__)
 
@@ -142,6 +143,8 @@ class VhostUserPort:
         self._connection: socket.socket | None = None
         self._quarantined = ""  # why, until another front-end's frames flow
         self._culprit: Session | None = None
+        self._faults = 0  # workers that ended at a ring of ours
+        self._fault_at = 0.0
         self._connected = 0.0
         self._left_early = 0  # front-ends in a row that soon went while negotiating
         self._log_window = 0.0
@@ -209,6 +212,30 @@ class VhostUserPort:
             "enabled": int(self._host.ports[self._slot]["pairs"]),
             "max": self._pairs,
         }
+
+    def note_fault(self, queue: int, what: str) -> None:
+        """Part from the front-end when a second worker ends at a ring of the port.
+
+        The first may have been any mistake of ours. The rings are stopped before
+        anybody takes them up.
+
+        Args:
+            queue: The virtqueue that the worker was at.
+            what: What became of it.
+        """
+        now = time.monotonic()
+        if now - self._fault_at > _FAULTS_COUNT_S:
+            self._faults = 0
+        self._fault_at = now
+        self._faults += 1
+        reason = f"a worker {what} while it served virtqueue {queue}"
+        if self._faults == 1:
+            self._log(f"{reason} (once more, and the port is quarantined)")
+            return
+        self._host.ports[self._slot]["up"] = 0
+        for index in self._running:
+            self._ring(index)["state"] = RING_STOPPED
+        self._quarantine(f"{reason}, and not for the first time")
 
     def _warning(self) -> State | None:
         """What is wrong with front-ends that come and go."""
@@ -604,15 +631,22 @@ class VhostUserPort:
         return cast("np.void", self._host.rings[self._number(index)])
 
     def _log(self, text: str) -> None:
-        """Log a line; of a storm of lines (a reconnect loop) one in a while."""
+        """Log a line; of a storm of lines (a reconnect loop) the first, then how many."""
         now = time.monotonic()
-        if now - self._log_window > _LOG_WINDOW_S:
+        if now - self._log_window > _LOG_WINDOW_S and self._logged <= _LOG_LINES:
             self._log_window, self._logged = now, 0
         self._logged += 1
         if self._logged <= _LOG_LINES:
             _log.info("port %s: %s", self.name, text)
         elif self._logged == _LOG_LINES + 1:
-            _log.info("port %s: more lines, silenced for a while", self.name)
+            _log.info("port %s: more lines; they are counted for a while", self.name)
+            asyncio.get_running_loop().call_later(_LOG_WINDOW_S, self._log_count)
+
+    def _log_count(self) -> None:
+        """Log how many lines were left out, and begin anew."""
+        left_out = self._logged - _LOG_LINES
+        _log.info("port %s: %d lines left out", self.name, left_out)
+        self._log_window, self._logged = time.monotonic(), 0
 
 
 def _basis(session: Session, ring: WantedRing) -> _Basis:

@@ -104,6 +104,7 @@ class PortBook:
         self._sockets = {"socket_group": socket_group, "socket_mode": socket_mode}
         self._entries: dict[str, Entry] = {}
         self._missing: dict[str, Entry] = {}
+        workers.report_faults(self._note_fault)
 
     def __iter__(self) -> Iterator[Entry]:
         return iter(list(self._entries.values()))
@@ -194,6 +195,18 @@ class PortBook:
             with contextlib.suppress(PortError, OSError, VswitchError):
                 await entry.port.close()
         self._entries.clear()
+
+    def _note_fault(self, slot: int, queue: int, what: str) -> None:
+        """Tell a port that a worker has ended in the middle of its ring.
+
+        Nobody can make an uplink's driver do what it should not; those go on.
+        """
+        for entry in self:
+            port = entry.port
+            if entry.slot == slot and isinstance(port, VhostUserPort):
+                port.note_fault(queue, what)
+            elif entry.slot == slot:
+                _log.warning("port %s: a worker %s while it served it", port.name, what)
 
     def _present(
         self, name: str, leads_to: Endpoint, mode: str, backend: str

@@ -66,7 +66,9 @@ WORKER: Final = np.dtype(
         ("idle_cycles", "<i8"),
         ("wakeups", "<i8"),
         ("cycles_per_s", "<i8"),  # of the cycle counter
-        ("data_pad", "<i8"),
+        # Number of the ring that it is at, plus 1, 0 between turns: if it dies, it is
+        # known where. In place of a port's transmit ring, the first of that port.
+        ("serving", "<i8"),
     ]
 )
 

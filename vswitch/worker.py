@@ -68,7 +68,7 @@ class Worker:
         self._idle_ns = idle_us * 1000
         self._shared = segment.attach(run_dir, writable=True)
         self._record = self._shared.workers[number]
-        self._ctx, self._keep = loop.make_context(self._shared)
+        self._ctx, self._keep = loop.make_context(self._shared, number)
         self._polled = np.zeros(0, np.int64)
         self._watched: set[int] = set()
         self._mapped: dict[int, int] = {}  # address: length

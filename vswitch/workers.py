@@ -31,7 +31,7 @@ from numpy.typing import NDArray
 
 from ports import cache
 from ports.aio import readable as _readable
-from ports.base import RING_STOPPED, RX
+from ports.base import RING_STOPPED, RINGS_PER_PORT, RX
 from ports.host import Mapping, nothing
 from vswitch import rarp, watch
 from vswitch.control import protocol
@@ -48,6 +48,10 @@ from vswitch.records import (
 )
 
 _STOP_S: Final = 2.0
+# Signals by which a worker ends through what it does itself.
+_OWN_FAULTS: Final = frozenset(
+    {signal.SIGSEGV, signal.SIGBUS, signal.SIGILL, signal.SIGFPE, signal.SIGABRT}
+)
 _FIRST_BACKOFF_S: Final = 0.05
 _LAST_BACKOFF_S: Final = 5.0
 _HEALTHY_S: Final = 10.0
@@ -87,6 +91,13 @@ class _Process:
     ready: bool = False
     account: watch.Account = field(default_factory=watch.Account)
     hangs: bool = False  # found so, and killed
+
+    def is_to_blame(self, code: int) -> bool:
+        """Whether it ended by what it was at, and not by what somebody did to it."""
+        if self.hangs:
+            return not self.account.is_stopped
+        return -code in _OWN_FAULTS
+
     outbox: deque[tuple[list[Any], tuple[int, ...]]] = field(default_factory=deque)
     due: dict[int, asyncio.Future[int]] = field(default_factory=dict)
 
@@ -106,6 +117,7 @@ class Workers:
         self._run_dir = run_dir
         self._options = options
         self._on_progress = on_progress
+        self._on_fault: Callable[[int, int, str], None] | None = None
         self._processes: dict[int, _Process] = {}
         self._addresses = AddressPlan()
         self._numbers = numbers
@@ -210,8 +222,17 @@ class Workers:
         record = self._shared.workers[number]
         record["pid"], record["cpu"] = pid, cpu
         record["state"], record["role"] = WORKER_STARTING, ROLE_SPARE
+        record["serving"] = 0
         loop.add_reader(ours.fileno(), self._on_message, process)
         loop.add_reader(process.pidfd, self._on_death, process)
+
+    def report_faults(self, to: Callable[[int, int, str], None]) -> None:
+        """Have `to` called when a worker ends by what it did in the middle of a ring.
+
+        It is called before anybody inherits that ring, with the slot of the ring's port,
+        the ring's number among the port's, and what became of the worker.
+        """
+        self._on_fault = to
 
     # --- what ports ask for: `ports.host.Host` ---
 
@@ -421,6 +442,7 @@ class Workers:
         _, status = os.waitpid(process.pid, 0)
         code = os.waitstatus_to_exitcode(status)
         cause = signal.Signals(-code).name if code < 0 else f"exit code {code}"
+        serving = int(self._shared.workers[process.number]["serving"])
         _log.warning("worker %d died: %s pid=%d", process.number, cause, process.pid)
         was_active = self._role(process.number) == ROLE_ACTIVE
         self._forget(process)
@@ -430,6 +452,10 @@ class Workers:
             message = f"worker {process.number} did not start: {cause} (see the log)"
             self._all_ready.set_exception(VswitchError(message))
             return
+        if self._on_fault and serving and process.is_to_blame(code):
+            # Before anybody inherits the ring.
+            what = "hung" if process.hangs else f"died ({cause})"
+            self._on_fault(*divmod(serving - 1, RINGS_PER_PORT), what)
         if was_active:
             self._hand_over(process.number)
         elif ready := self._ready():

@@ -65,7 +65,7 @@ def make_shared():
 
 def make_plane():
     shared = make_shared()
-    ctx, keep = loop.make_context(shared)
+    ctx, keep = loop.make_context(shared, 0)
     return Plane(shared, ctx, keep)
 
 

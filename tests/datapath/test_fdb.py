@@ -164,7 +164,7 @@ OPERATIONS = st.lists(
 @pytest.fixture(scope="module")
 def reused():
     shared = make_shared()
-    ctx, keep = loop.make_context(shared)
+    ctx, keep = loop.make_context(shared, 0)
     return Plane(shared, ctx, keep)
 
 

@@ -5,6 +5,7 @@ import struct
 
 import pytest
 
+from ports import dispatch
 from ports.base import (
     KIND_TAP,
     KIND_VHOST_USER,
@@ -270,3 +271,29 @@ def test_warming_up_touches_no_ring(bench, pair):
     loop.warm_up(bench.plane.ctx, 0)
     assert bytes(before) == bytes(bench.plane.shared.rings)
     assert a.tx.reap() == []
+
+
+# --- what a worker is at ---
+
+
+def test_between_turns_a_worker_says_that_it_is_at_no_ring(bench, pair):
+    a, _ = pair
+    record = bench.plane.shared.workers[0]
+    polled = loop.polled_rings(bench.plane.shared, 0)
+    a.send(frame_to(B, A))
+    for function in (loop.ask_for_kicks, loop.stop_kicks):
+        record["serving"] = 5
+        function(bench.plane.ctx, 0, polled)
+        assert record["serving"] == 0
+    for function in (bench.round, bench.turn):
+        record["serving"] = 5
+        function()
+        assert record["serving"] == 0
+
+
+def test_a_ring_is_marked_in_the_record_of_the_worker_that_is_at_it(bench):
+    dispatch.mark_ring(bench.plane.ctx, 7)
+    assert list(bench.plane.shared.workers["serving"][:2]) == [8, 0]
+    ctx, _keep = loop.make_context(bench.plane.shared, 1)
+    dispatch.mark_ring(ctx, 9)
+    assert list(bench.plane.shared.workers["serving"][:2]) == [8, 10]

@@ -33,12 +33,14 @@ _IDLE_PART: Final = 8
 _NOBODY: Final = -2
 
 
-def make_context(shared: Shared) -> tuple[Record, object]:
+def make_context(shared: Shared, worker: int) -> tuple[Record, object]:
     """A worker's CONTEXT, and what has to stay alive as long as it is used."""
     scratch = make_scratch()
     context = np.zeros(1, CONTEXT)
     for name, array in (shared._asdict() | scratch).items():
         context[0][name] = array.ctypes.data
+    records = shared.workers["serving"]
+    context[0]["serving"] = records.ctypes.data + worker * records.strides[0]
     return context[0], (context, shared, scratch)
 
 
@@ -78,6 +80,7 @@ def poll_turn(
         spent = now - begin
         if spent >= budget or (frames == 0 and spent >= budget // _IDLE_PART):
             break
+    dispatch.mark_ring(ctx, -1)
     record = worker_at(int(ctx["workers"]), worker)
     record["turns"] += 1
     record["polls"] += rounds
@@ -96,6 +99,7 @@ def _serve(ctx: Record, worker: int, index: int, now_s: int) -> int:
     ingress = int(ring["port"])
     port = port_at(int(ctx["ports"]), ingress)
     tally = tally_at(ctx, worker, ingress)
+    dispatch.mark_ring(ctx, index)
     n = dispatch.receive(ring, port, ctx, tally)
     if n == 0:
         return 0
@@ -105,6 +109,7 @@ def _serve(ctx: Record, worker: int, index: int, now_s: int) -> int:
         # vhost-user: a disabled ring of a running device is drained and discarded.
         tally["rx_frames"] += n
         tally["rx_drop_disabled"] += n
+    dispatch.mark_ring(ctx, index)
     dispatch.release(ring, port, ctx, n, tally)
     return n
 
@@ -128,6 +133,7 @@ def inject(
     frame["offload"] = 0
     ring = ring_at(int(ctx["rings"]), slot * RINGS_PER_PORT + RX)
     forward.forward_burst(ctx, worker, ring, 1, now_s)
+    dispatch.mark_ring(ctx, -1)
 
 
 @jit
@@ -144,10 +150,12 @@ def start_rings(ctx: Record, worker: int) -> int:
         if int(ring["state"]) != RING_STARTING or int(ring["owner"]) != worker:
             continue
         port = port_at(int(ctx["ports"]), int(ring["port"]))
+        dispatch.mark_ring(ctx, index)
         if int(port["kind"]) == KIND_VHOST_USER:
             virtqueue.start(ring, port, ctx)
         else:
             ring["state"] = RING_RUNNING
+        dispatch.mark_ring(ctx, -1)
         started += 1
     return started
 
@@ -174,9 +182,11 @@ def repair_rings(ctx: Record, dead: int, worker: int) -> int:
         held = int(ring["lock"]) == dead + 1
         alone = int(ring["shared"]) == 0 and int(ring["owner"]) == worker
         polled = index % 2 == 1 and int(ring["owner"]) == worker
+        dispatch.mark_ring(ctx, index)
         if (held or alone or polled) and dispatch.resync(ring, port, ctx):
             dispatch.unlock(ctx, index)
             repaired += 1
+    dispatch.mark_ring(ctx, -1)
     return repaired
 
 
@@ -188,7 +198,9 @@ def ask_for_kicks(ctx: Record, worker: int, polled: Records) -> int:
         ring = ring_at(int(ctx["rings"]), int(polled[at]))
         if int(ring["state"]) == RING_RUNNING and int(ring["owner"]) == worker:
             port = port_at(int(ctx["ports"]), int(ring["port"]))
+            dispatch.mark_ring(ctx, int(polled[at]))
             waiting += int(dispatch.ask_for_kicks(ring, port, ctx))
+    dispatch.mark_ring(ctx, -1)
     return waiting
 
 
@@ -199,7 +211,9 @@ def stop_kicks(ctx: Record, worker: int, polled: Records) -> None:
         ring = ring_at(int(ctx["rings"]), int(polled[at]))
         if int(ring["state"]) == RING_RUNNING and int(ring["owner"]) == worker:
             port = port_at(int(ctx["ports"]), int(ring["port"]))
+            dispatch.mark_ring(ctx, int(polled[at]))
             dispatch.stop_kicks(ring, port, ctx)
+    dispatch.mark_ring(ctx, -1)
 
 
 @jit
