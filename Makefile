@@ -52,6 +52,15 @@ bench-tcp: setup-tests ## measure TCP between real guests, with and without offl
 bench-uplink: setup-tests ## measure taps and interfaces beside the kernel's bridge and OVS
 	@$(BIN)/python -m bench.uplink
 
+bench-takeover: setup-tests ## measure how long frames stop when a worker is killed
+	@$(BIN)/python -m bench.takeover
+
+bench-isolation: setup-tests ## measure what a misbehaving neighbour costs a pair of guests
+	@$(BIN)/python -m bench.isolation
+
+soak: setup-tests ## try what can go wrong at random for MINUTES (10), from SEED
+	@$(BIN)/python -m tests.soak --minutes $(or $(MINUTES),10) $(addprefix --seed ,$(SEED))
+
 format: setup-tests ## rewrite the sources as ruff likes them
 	@$(BIN)/ruff format . && $(BIN)/ruff check --fix .
 

@@ -69,6 +69,8 @@ WORKER: Final = np.dtype(
         # Number of the ring that it is at, plus 1, 0 between turns: if it dies, it is
         # known where. In place of a port's transmit ring, the first of that port.
         ("serving", "<i8"),
+        # A pthread_mutex_t (40 bytes) that it holds while it lives: see lifeline.py.
+        ("life", "<i8", (8,)),
     ]
 )
 

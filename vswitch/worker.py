@@ -34,6 +34,7 @@ from ports.base import BACKEND_URING
 from ports.errors import errno_name
 from ports.uring import Uring
 from ports.vhost.virtio import NET_HDR_LEN
+from vswitch import lifeline
 from vswitch import shared as segment
 from vswitch.control import protocol
 from vswitch.datapath import fdb, loop
@@ -107,6 +108,7 @@ class Worker:
 
     def announce(self) -> None:
         """Tell the manager that we can begin."""
+        lifeline.hold(self._shared.workers, self._number)
         self._record["state"] = WORKER_POLLING
         self._send(["ready"])
 

@@ -5,11 +5,11 @@ worker that starts later is brought to the same state before it hears of changes
 `broadcast` returns when every live worker has acknowledged: that is the grace period
 after which nobody uses what was there before.
 
-A worker's death is seen through its pidfd. Its rings change owner in the shared records,
-the heir repairs and polls them, and a replacement starts as the new spare. A death while
-answers are due counts as an answer: the dead use nothing. What a worker left behind stays
-on a list until somebody has repaired it and lived to say so; the heir may die too. A
-worker that hangs is killed, and then is a dead one.
+A worker's death is heard of through its lifeline, or its pidfd. Its rings change owner
+in the shared records, the heir repairs and polls them, and a replacement starts as the
+new spare. A death while answers are due counts as an answer: the dead use nothing. What a
+worker left behind stays on a list until somebody has repaired it and lived to say so; the
+heir may die too. A worker that hangs is killed, and then is a dead one.
 """
 
 import asyncio
@@ -33,7 +33,7 @@ from ports import cache
 from ports.aio import readable as _readable
 from ports.base import RING_STOPPED, RINGS_PER_PORT, RX
 from ports.host import Mapping, nothing
-from vswitch import rarp, watch
+from vswitch import lifeline, rarp, watch
 from vswitch.control import protocol
 from vswitch.errors import VswitchError
 from vswitch.plan import AddressPlan, NumberPlan
@@ -91,6 +91,7 @@ class _Process:
     ready: bool = False
     account: watch.Account = field(default_factory=watch.Account)
     hangs: bool = False  # found so, and killed
+    ending: bool = False  # because we asked
 
     def is_to_blame(self, code: int) -> bool:
         """Whether it ended by what it was at, and not by what somebody did to it."""
@@ -129,6 +130,7 @@ class Workers:
         self._stopping = False
         self._all_ready: asyncio.Future[None] | None = None
         self._tasks: set[asyncio.Task[None]] = set()
+        self._reaping: set[asyncio.Task[None]] = set()
 
     # --- life ---
 
@@ -154,6 +156,7 @@ class Workers:
         """End every worker and give back what was kept for them."""
         self._stopping = True
         await self._end(list(self._processes.values()))
+        await asyncio.gather(*self._reaping)
         for task in self._tasks:
             task.cancel()
         for mapped in self._mappings.values():
@@ -165,15 +168,15 @@ class Workers:
         """End processes: ask, insist after two seconds, and wait."""
         gone = [asyncio.create_task(_readable(p.pidfd)) for p in processes]
         for process in processes:
+            process.ending = True
             os.kill(process.pid, signal.SIGTERM)
         if gone:
             await asyncio.wait(gone, timeout=_STOP_S)
         for process in processes:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(process.pid, signal.SIGKILL)
-            await _readable(process.pidfd)
-            os.waitpid(process.pid, 0)
             self._forget(process)
+            await _reap(process)
 
     async def _start_until_ready(self, numbers: Iterable[int]) -> None:
         self._all_ready = asyncio.get_running_loop().create_future()
@@ -223,6 +226,7 @@ class Workers:
         record["pid"], record["cpu"] = pid, cpu
         record["state"], record["role"] = WORKER_STARTING, ROLE_SPARE
         record["serving"] = 0
+        lifeline.prepare(self._shared.workers, number)
         loop.add_reader(ours.fileno(), self._on_message, process)
         loop.add_reader(process.pidfd, self._on_death, process)
 
@@ -413,6 +417,8 @@ class Workers:
             self._shared.workers[process.number]["role"] = ROLE_ACTIVE
             self._adopt_orphans(process)
         self._tell(process, "sync", NOBODY)
+        hear = partial(_call_soon, asyncio.get_running_loop(), self._on_death, process)
+        lifeline.watch(self._shared.workers, process.number, hear)
         self._check_all_ready()
 
     def _check_mapped(self, mapped: _Mapped, answer: "asyncio.Future[int]") -> None:
@@ -439,13 +445,18 @@ class Workers:
         signal.pidfd_send_signal(process.pidfd, signal.SIGKILL)
 
     def _on_death(self, process: _Process) -> None:
-        _, status = os.waitpid(process.pid, 0)
-        code = os.waitstatus_to_exitcode(status)
+        """A worker does nothing any more, even if the kernel is not done with it."""
+        if process.ending:
+            return
+        process.ending = True
+        code = _exit_code(process.pid)
+        _step_aside(process.pid)
         cause = signal.Signals(-code).name if code < 0 else f"exit code {code}"
         serving = int(self._shared.workers[process.number]["serving"])
         _log.warning("worker %d died: %s pid=%d", process.number, cause, process.pid)
         was_active = self._role(process.number) == ROLE_ACTIVE
         self._forget(process)
+        self._later(_reap(process), self._reaping)
         if process.ready:
             self._unrepaired.add(process.number)
         if self._all_ready and not self._all_ready.done():
@@ -520,7 +531,6 @@ class Workers:
         loop.remove_reader(process.pidfd)
         loop.remove_reader(process.sock.fileno())
         loop.remove_writer(process.sock.fileno())
-        os.close(process.pidfd)
         process.sock.close()
         self._processes.pop(process.number, None)
         record = self._shared.workers[process.number]
@@ -529,10 +539,15 @@ class Workers:
             if not answer.done():
                 answer.set_result(0)
 
-    def _later(self, work: Coroutine[Any, Any, None]) -> None:
+    def _later(
+        self,
+        work: Coroutine[Any, Any, None],
+        tasks: "set[asyncio.Task[None]] | None" = None,
+    ) -> None:
+        tasks = self._tasks if tasks is None else tasks
         task = asyncio.create_task(work)
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
+        tasks.add(task)
+        task.add_done_callback(tasks.discard)
 
     # --- small questions ---
 
@@ -565,3 +580,32 @@ class Workers:
             return number < self._options.active
         active = [n for n in self._ready_numbers() if self._role(n) == ROLE_ACTIVE]
         return len(active) < self._options.active
+
+
+async def _reap(process: _Process) -> None:
+    """Wait until the kernel is done with a process that has ended."""
+    await _readable(process.pidfd)
+    os.waitpid(process.pid, 0)
+    os.close(process.pidfd)
+
+
+def _step_aside(pid: int) -> None:
+    """Let the kernel take a process apart where and when its heir needs no CPU."""
+    with contextlib.suppress(OSError):  # that is done
+        os.sched_setscheduler(pid, os.SCHED_IDLE, os.sched_param(0))
+        os.sched_setaffinity(pid, os.sched_getaffinity(0))
+
+
+def _exit_code(pid: int) -> int:
+    """How a process that is not waited for yet has ended, as waitpid will say it."""
+    # proc_pid_stat(5): the last field.
+    status = Path(f"/proc/{pid}/stat").read_text().split()[-1]
+    return os.waitstatus_to_exitcode(int(status))
+
+
+def _call_soon(
+    loop: asyncio.AbstractEventLoop, function: Callable[..., None], *arguments: object
+) -> None:
+    """Call from another thread; nothing where the loop is closed by now."""
+    with contextlib.suppress(RuntimeError):
+        loop.call_soon_threadsafe(partial(function, *arguments))

@@ -135,7 +135,7 @@ class Stream:
     def _run(self):
         # By default workers leave the first CPU alone.
         os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
-        self._exchange(seconds=90, linger=0.3)
+        self._exchange(seconds=600, linger=0.3)
 
     def _exchange(self, seconds=0, linger=0.001):
         """Send for so long at most, then receive while frames come."""

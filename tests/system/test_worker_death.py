@@ -20,8 +20,8 @@ from tests.system.net import (
 from vswitch import shared
 from vswitch.datapath import fdb
 
-SPARES = 8
-DEATHS = 20
+SPARES = 3
+DEATHS = 4  # many more: test_mayhem
 RINGS = 2  # on a frame's way
 
 
