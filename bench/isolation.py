@@ -5,8 +5,8 @@
 One worker serves a pair that we look at and a neighbour. The neighbour misbehaves in one
 slice and in the next does as much work decently: the pair's share is what it gets then.
 
-    kicks       kicks without a pause, and offers nothing; decently: the same system calls
-                on a descriptor that the switch does not have
+    kicks       kicks for nothing, sixteen times a burst of the pair; decently: the same
+                system calls on a descriptor that the switch does not have
     no refill   sends to a guest that gives no buffers; decently: to one that does
     addresses   every frame comes from another station; decently: from one
 
@@ -16,10 +16,10 @@ The figure is the ratio of the two, the median over neighbouring slices.
 import argparse
 import json
 import os
-import threading
+import select
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from functools import partial
 from statistics import median
 from typing import Final, NamedTuple
 
@@ -27,13 +27,18 @@ import numpy as np
 
 from bench import machine
 from bench.rig import Rig, running
-from vswitch.guest import Guest
+from ports.native import eventfd_signal, jit, rdtsc, store_any_u32
+from vswitch.guest import Guest, stream
 from vswitch.guest.frontend import eventfd
-from vswitch.guest.traffic import Generator, Sink, run
+from vswitch.guest.stream import collect, generate, generator_at, sink_at
+from vswitch.guest.traffic import Generator, Sink, tsc_hz
 
 LENGTH: Final = 64
 LEAST: Final = 0.7  # of a share
-_ADDRESS: Final = 6  # bytes; the source's lies behind the destination's
+KICKS: Final = 16  # a burst
+_SOURCE: Final = 6  # where a frame has its source
+_WORD: Final = (1 << 62) - 1
+_FINISH_S: Final = 30.0
 
 
 class Neighbours(NamedTuple):
@@ -58,74 +63,104 @@ class Slice(NamedTuple):
         return self.beside / self.share
 
 
-def rate(
-    all_of: Neighbours,
-    seconds: float,
-    to: Guest | None,
-    each: Callable[[], None] | None,
-) -> float:
-    """The pair's rate while the neighbour sends to `to` and `each` is done on and on."""
+class Work(NamedTuple):
+    """What the neighbour does after each burst, beside sending."""
+
+    kick_fd: int = -1  # write to it KICKS times
+    sources: int = 0  # give each of its frames another source; address of the first
+    stride: int = 0  # bytes from one to the next
+    frames: int = 0  # how many
+    mask: int = 0  # bits of an address that may change
+
+
+def rate(all_of: Neighbours, seconds: float, to: Guest | None, work: Work) -> float:
+    """The pair's rate while the neighbour sends to `to` and does its work."""
     generators = [Generator(all_of.sender, all_of.receiver, LENGTH)]
     sinks = [Sink(all_of.receiver, 2)]
     if to is not None:
         generators.append(Generator(all_of.other, to, LENGTH, flow=1))
     if to is all_of.taker:
         sinks.append(Sink(to, 2))
-    with repeated(each):
-        totals = run(generators, sinks, seconds)
-    return float(sinks[0].flows["received"][0] / totals.seconds / 1e6)
+    for sink in sinks:
+        sink.prepare()
+    for generator in generators:
+        generator.prepare()
+    sending = np.array([one.record for one in generators], stream.GENERATOR)
+    receiving = np.array([one.record for one in sinks], stream.SINK)
+    cycles = _stream(
+        *(int(sending.ctypes.data), len(sending)),
+        *(int(receiving.ctypes.data), len(receiving)),
+        int(seconds * tsc_hz()),
+        *work,
+        *np.zeros((2, 1024), np.int64),
+    )
+    received = int(sinks[0].flows["received"][0])
+    for generator, row in zip(generators, sending, strict=True):
+        generator.table[0] = row
+        generator.finish(time.monotonic() + _FINISH_S)
+    return received / (cycles / tsc_hz()) / 1e6
 
 
-@contextmanager
-def repeated(each: Callable[[], None] | None) -> Iterator[None]:
-    """Call a function on and on in a thread."""
-    over = threading.Event()
-
-    def work() -> None:
-        while each and not over.is_set():
-            each()
-
-    thread = threading.Thread(target=work)
-    thread.start()
-    try:
-        yield
-    finally:
-        over.set()
-        thread.join()
+@jit
+def _stream(
+    generators: int,
+    n_generators: int,
+    sinks: int,
+    n_sinks: int,
+    cycles: int,
+    kick_fd: int,
+    sources: int,
+    stride: int,
+    n_sources: int,
+    mask: int,
+    offsets: np.ndarray,
+    lengths: np.ndarray,
+) -> int:
+    """Send, receive and do the neighbour's work in turn; the cycles that it took."""
+    begin = rdtsc()
+    now = begin
+    state = begin
+    while now - begin < cycles:
+        for i in range(n_generators):
+            generate(generator_at(generators, i))
+        for i in range(n_sinks):
+            collect(sink_at(sinks, i), offsets, lengths)
+        if kick_fd >= 0:
+            for _ in range(KICKS):
+                eventfd_signal(kick_fd)
+        for i in range(n_sources):
+            state = (state * 6364136223846793005 + 1442695040888963407) & _WORD
+            # The four bytes behind the first two of the address.
+            store_any_u32(sources + i * stride + 2, (state >> 16) & mask)
+        now = rdtsc()
+    return now - begin
 
 
 def kicks(all_of: Neighbours, seconds: float) -> Slice:
     """A storm of kicks."""
-    (nobody, theirs) = eventfd(), int(all_of.other.rings[1]["kick_fd"])
-    try:
-        share = rate(all_of, seconds, None, partial(os.eventfd_write, nobody, 1))
-    finally:
-        os.close(nobody)
-    beside = rate(all_of, seconds, None, partial(os.eventfd_write, theirs, 1))
-    return Slice(share, beside)
+    nobody, theirs = eventfd(), int(all_of.other.rings[1]["kick_fd"])
+    with select.epoll() as waits:  # a worker's descriptor is watched like this
+        waits.register(nobody, select.EPOLLIN | select.EPOLLET)
+        share = rate(all_of, seconds, None, Work(nobody))
+    os.close(nobody)
+    return Slice(share, rate(all_of, seconds, None, Work(theirs)))
 
 
 def no_refill(all_of: Neighbours, seconds: float) -> Slice:
     """Frames to a ring without buffers."""
-    share = rate(all_of, seconds, all_of.taker, None)
-    return Slice(share, rate(all_of, seconds, all_of.miser, None))
+    share = rate(all_of, seconds, all_of.taker, Work())
+    return Slice(share, rate(all_of, seconds, all_of.miser, Work()))
 
 
 def addresses(all_of: Neighbours, seconds: float) -> Slice:
-    """Frames of ever new stations; the sender's buffers are rewritten under the switch."""
-    layout, noise = all_of.other.layouts[1], np.random.default_rng(1)
-    at = int(layout.ring["header_len"]) + _ADDRESS
-    sources = layout.buffers[:, at : at + _ADDRESS]
-
-    def invent() -> None:
-        sources[:] = noise.integers(0, 256, sources.shape, np.uint8) & 0xFE
-
-    def repeat() -> None:
-        noise.integers(0, 256, sources.shape, np.uint8)
-        sources[:] = np.frombuffer(all_of.other.mac, np.uint8)
-
-    share = rate(all_of, seconds, all_of.taker, repeat)
-    return Slice(share, rate(all_of, seconds, all_of.taker, invent))
+    """Frames of ever new stations."""
+    layout = all_of.other.layouts[1]
+    buffers = layout.buffers
+    first = buffers.ctypes.data + int(layout.ring["header_len"]) + _SOURCE
+    decent = Work(-1, first, buffers.strides[0], len(buffers), 0)
+    share = rate(all_of, seconds, all_of.taker, decent)
+    other = decent._replace(mask=0xFFFFFFFF)
+    return Slice(share, rate(all_of, seconds, all_of.taker, other))
 
 
 NUISANCES: Final[dict[str, Callable[[Neighbours, float], Slice]]] = {
@@ -157,7 +192,7 @@ def main() -> None:
     options = parser.parse_args()
     found: dict[str, list[Slice]] = {name: [] for name in NUISANCES}
     with running() as rig, neighbours(rig) as all_of:
-        rate(all_of, 0.1, all_of.taker, None)
+        rate(all_of, 0.1, all_of.taker, Work())
         for _ in range(options.slices):
             for name, slices in found.items():
                 slices.append(NUISANCES[name](all_of, options.seconds))

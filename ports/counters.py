@@ -43,7 +43,8 @@ NAMES: Final = (
     "tx_csum_completed",  # checksums completed for a receiver that cannot
     "fdb_learned",
     "fdb_moved",
-    "fdb_refused",  # source not learned: the port is at its limit of addresses
+    # Source not learned: the port is at its limit, or the burst brought too many before.
+    "fdb_refused",
     "fdb_evicted",
     "fdb_expired",
     "calls",  # interrupts sent to the guest

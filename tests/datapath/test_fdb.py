@@ -13,7 +13,7 @@ AGEING_S = 300
 
 
 def learn(plane, key, port, now_s=0):
-    fdb.learn(plane.ctx, key, port, 0, now_s, plane.tally(port))
+    return fdb.learn(plane.ctx, key, port, 0, now_s, plane.tally(port))
 
 
 def lookup(plane, key, now_s=0):
@@ -46,6 +46,15 @@ def test_a_move_is_followed_and_counted(plane):
     assert lookup(plane, 0xAA) == 4
     assert plane.tally(4)["fdb_moved"] == 1
     assert (addresses(plane, 3), addresses(plane, 4)) == (0, 1)
+
+
+def test_it_says_whether_an_address_was_news(plane):
+    assert learn(plane, 0xAA, 3) == 1
+    assert learn(plane, 0xAA, 3) == 0
+    assert learn(plane, 0xAA, 4) == 1
+    assert learn(plane, 0xAA, 4, now_s=200) == 1
+    fdb.set_static(plane.ctx, 0xBB, 5)
+    assert [learn(plane, 0xBB, port) for port in (3, 5)] == [0, 0]
 
 
 def test_a_static_entry_neither_moves_nor_ages(plane):

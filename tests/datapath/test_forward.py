@@ -223,6 +223,17 @@ def test_an_address_that_moves_within_a_burst_is_looked_up_again(bench, pair):
     assert bench.drops(A) == {"rx_drop_hairpin": 2}
 
 
+def test_a_burst_brings_eight_new_addresses_at_most(bench, pair):
+    a, _ = pair
+    stations = range(0x20, 0x20 + 12)
+    for learned in (8, 12, 12):
+        send_all(a, [frame_to(B, station) for station in stations])
+        bench.round()
+        assert bench.tally(A)["fdb_learned"] == learned
+        a.tx.reap()
+    assert bench.tally(A)["fdb_refused"] == 4
+
+
 def test_a_port_at_its_limit_of_addresses_is_flooded_to(bench, pair):
     a, b = pair
     c = bench.guest(C)

@@ -90,20 +90,25 @@ def lookup(bucket: int, key: int, now_s: int, ageing_s: int) -> int:
 @jit
 def learn(
     ctx: Record, key: int, port: int, worker: int, now_s: int, tally: Record
-) -> None:
+) -> int:
     """Note that `key` was seen on `port` at `now_s`.
 
     Static entries stay where they are. Counts what happened in `tally`.
+
+    Returns:
+        1 if that was news, which takes a lock, else 0.
     """
     header = header_at(int(ctx["header"]), 0)
     ageing_s = int(header["ageing_s"])
     bucket = bucket_of(int(ctx["fdb"]), int(header["hash_seed"]), key)
     value = port | ((now_s & FDB_STAMP_MASK) << FDB_STAMP_SHIFT)
     way = _find(bucket, key)
-    if way >= 0 and load_u32(bucket + _VALUES + 4 * way) == value:
-        return  # the common case, without a lock
+    if way >= 0:
+        seen = load_u32(bucket + _VALUES + 4 * way)
+        if seen == value or (seen & FDB_STATIC) != 0:
+            return 0  # the common case, without a lock
     if not _lock(bucket, worker + 1):
-        return  # the next burst tries again
+        return 0  # the next burst tries again
     way = _find(bucket, key)
     if way >= 0:
         old = load_u32(bucket + _VALUES + 4 * way)
@@ -117,6 +122,7 @@ def learn(
     else:
         _insert(ctx, bucket, key, value, port, now_s, ageing_s, tally)
     store_release_u32(bucket + _LOCK, 0)
+    return 1
 
 
 @jit

@@ -29,6 +29,10 @@ from vswitch.datapath.views import header_at, tally_at
 # FRAME.egress below zero.
 FLOOD: Final = -1
 DROP: Final = -2
+# To learn an address, or to look for one that nobody has at hand, takes several times as
+# long as to forward a small frame, and bursts are how rings share a worker: who invents
+# addresses is to have no more than his part. The rest of the burst is not looked at.
+_NEW_A_BURST: Final = 8
 _NO_FRAME: Final = -1
 _NO_KEY: Final = 0
 _NO_ADDRESS: Final = -1  # differs from whatever a frame may hold
@@ -88,6 +92,7 @@ def decide(
     last_dst = _NO_ADDRESS
     last_egress = DROP
     n_egresses = 0
+    room = _NEW_A_BURST
     n_bytes = 0
     forwarded = 0
     flooded = 0
@@ -116,9 +121,12 @@ def decide(
             tally["rx_drop_bad_source"] += 1
             continue
         if src != last_src:
-            if last_src != _NO_KEY:  # nor come from one
-                asked_src = _ask_ahead(ctx, seed, SOURCE, asked_src, i, n)
-            fdb.learn(ctx, src, ingress, worker, now_s, tally)
+            if room > 0:
+                if last_src != _NO_KEY:  # nor come from one
+                    asked_src = _ask_ahead(ctx, seed, SOURCE, asked_src, i, n)
+                room -= fdb.learn(ctx, src, ingress, worker, now_s, tally)
+            else:
+                tally["fdb_refused"] += 1
             last_src = src
             if src == last_dst:
                 last_dst = _NO_ADDRESS
