@@ -1,6 +1,6 @@
 # Bare `make` lists the targets; anything longer than a line is in .ci/ or a tool's own file.
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-tests demo test check lint test-fast test-python test-bounds bench bench-full bench-quick bench-tcp bench-uplink format clean
+.PHONY: help setup setup-tests demo test check lint test-fast test-python test-bounds bench bench-full bench-quick bench-tcp bench-uplink bench-takeover bench-isolation soak format clean
 
 BIN := .venv/bin
 # Two at a time, a file as a whole: most of a test is waiting, and a file shares a switch.

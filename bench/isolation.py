@@ -26,7 +26,7 @@ from typing import Final, NamedTuple
 import numpy as np
 
 from bench import machine
-from bench.rig import Rig, running
+from bench.local import Local, running
 from ports.native import eventfd_signal, jit, rdtsc, store_any_u32
 from vswitch.guest import Guest, stream
 from vswitch.guest.frontend import eventfd
@@ -171,15 +171,13 @@ NUISANCES: Final[dict[str, Callable[[Neighbours, float], Slice]]] = {
 
 
 @contextmanager
-def neighbours(rig: Rig) -> Iterator[Neighbours]:
+def neighbours(rig: Local) -> Iterator[Neighbours]:
     """Five guests; the switch knows where each is."""
     with ExitStack() as owned:
         guests = []
         for name in Neighbours._fields:
             buffers = 0 if name == "miser" else None
-            guest = owned.enter_context(rig.guest(name, rx_buffers=buffers))
-            rig.manager.ask("fdb_add", mac=guest.mac_text, ifname=name)
-            guests.append(guest)
+            guests.append(owned.enter_context(rig.guest(name, rx_buffers=buffers)))
         yield Neighbours(*guests)
 
 

@@ -19,14 +19,14 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from statistics import median
 from typing import Any, Final, NamedTuple
 
 import numpy as np
 
 from bench import machine
-from bench.rig import Rig, pair, running
+from bench.local import Local, running
 from ports.base import RX
 from ports.burst import BURST_SIZE
 from ports.native import (
@@ -162,9 +162,16 @@ def _now() -> int:
 
 
 @contextmanager
-def streaming(rig: Rig, form: str) -> Iterator[Live]:
+def streaming(rig: Local, form: str) -> Iterator[Live]:
     """A stream between two guests, until the end."""
-    with pair(rig, _LENGTH, packed=form == "packed") as (sender, receiver):
+    names = (f"a-{form}", f"b-{form}")
+    with ExitStack() as owned:
+        guests = []
+        for name in names:
+            guest = rig.guest(name, packed=form == "packed")
+            owned.callback(rig.manager.ask, "del_port", name=name)
+            guests.append(owned.enter_context(guest))
+        sender, receiver = guests
         records = shared.attach(rig.directory / "run")
         # The first port of a switch has slot 0.
         owners = records.rings["owner"]
@@ -177,7 +184,7 @@ def streaming(rig: Rig, form: str) -> Iterator[Live]:
             live.stop()
 
 
-def measure(rig: Rig, live: Live, form: str) -> Kill:
+def measure(rig: Local, live: Live, form: str) -> Kill:
     """Kill the worker that forwards, once."""
     _until(lambda: bool(_workers(rig, "spare")), "a spare")
     live.watch()
@@ -215,15 +222,19 @@ def _until(condition: Callable[[], bool], what: str) -> None:
         time.sleep(0.005)
 
 
-def _workers(rig: Rig, role: str) -> list[dict[str, Any]]:
+def _workers(rig: Local, role: str) -> list[dict[str, Any]]:
     workers = rig.manager.ask("show")["workers"]
     return [w for w in workers if w["role"] == role and w["state"] != "starting"]
 
 
-def _dropped(rig: Rig) -> int:
+def _dropped(rig: Local) -> int:
     """Frames that were counted as dropped on their way out."""
-    port = rig.stats()["ports"][f"b{_LENGTH}"]
-    return sum(int(n) for name, n in port.items() if name.startswith("tx_drop_"))
+    return sum(
+        int(count)
+        for port in rig.manager.ask("stats")["ports"].values()
+        for name, count in port.items()
+        if name.startswith("tx_drop_")
+    )
 
 
 def main() -> None:
