@@ -92,15 +92,14 @@ class _Process:
     account: watch.Account = field(default_factory=watch.Account)
     hangs: bool = False  # found so, and killed
     ending: bool = False  # because we asked
+    outbox: deque[tuple[list[Any], tuple[int, ...]]] = field(default_factory=deque)
+    due: dict[int, asyncio.Future[int]] = field(default_factory=dict)
 
     def is_to_blame(self, code: int) -> bool:
         """Whether it ended by what it was at, and not by what somebody did to it."""
         if self.hangs:
             return not self.account.is_stopped
         return -code in _OWN_FAULTS
-
-    outbox: deque[tuple[list[Any], tuple[int, ...]]] = field(default_factory=deque)
-    due: dict[int, asyncio.Future[int]] = field(default_factory=dict)
 
 
 class Workers:

@@ -7,7 +7,7 @@ import subprocess
 import sys
 import threading
 import time
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from itertools import pairwise
 from pathlib import Path
 
@@ -48,14 +48,14 @@ def program(namespace, name):
 
 
 @contextmanager
-def stopped(pid):
-    """A process that does nothing meanwhile."""
-    os.kill(pid, signal.SIGSTOP)
-    try:
-        wait_for(lambda: cpu_state(pid) == "T", "its stop")
+def stopped(*pids):
+    """Processes that do nothing meanwhile; a worker's manager first, or it kills it."""
+    with ExitStack() as owned:
+        for pid in pids:
+            os.kill(pid, signal.SIGSTOP)
+            owned.callback(os.kill, pid, signal.SIGCONT)
+            wait_for(lambda pid=pid: cpu_state(pid) == "T", "its stop")
         yield
-    finally:
-        os.kill(pid, signal.SIGCONT)
 
 
 def cpu_state(pid):

@@ -293,7 +293,7 @@ def test_what_finds_the_ring_full_is_counted(plugged, switch):
     guest, wire = plugged("full0")
     assert_passes_both_ways(guest, wire)
     worker = wait_for_sleep(switch)
-    with stopped(worker["pid"]):
+    with stopped(switch.pid, worker["pid"]):
         for one in numbered(GUEST_MAC, WIRE_MAC, SLOTS + 100):
             wire.send(one)
     arrived = guest.receive(timeout=10, at_least=SLOTS, max_frames=1000)

@@ -15,6 +15,7 @@ from tests.netns.checks import (
     WOKEN_S,
     assert_at_rest,
     assert_passes_both_ways,
+    stopped,
     without,
 )
 from tests.netns.uplink import (
@@ -330,9 +331,8 @@ def test_a_queue_that_outlasts_a_turn_is_emptied_before_sleep(
     guest, wire = bench.guest("vm"), bench.wire("long0")
     assert_passes_both_ways(guest, wire)
     (worker,) = switch.workers("active")
-    os.kill(worker["pid"], signal.SIGSTOP)
-    assert wire.send_counted([frame(GUEST_MAC, WIRE_MAC, 1514)] * 9000) == 9000
-    os.kill(worker["pid"], signal.SIGCONT)
+    with stopped(switch.pid, worker["pid"]):
+        assert wire.send_counted([frame(GUEST_MAC, WIRE_MAC, 1514)] * 9000) == 9000
     switch.wait_for(
         lambda: switch.counters("long0")["rx_frames"] == 9001,
         lambda: switch.counters("long0"),

@@ -304,7 +304,7 @@ def test_what_finds_no_chunk_is_counted(plugged, switch):
     guest, wire = plugged("full0")
     assert_passes_both_ways(guest, wire)
     worker = wait_for_sleep(switch)
-    with stopped(worker["pid"]):
+    with stopped(switch.pid, worker["pid"]):
         for one in numbered(GUEST_MAC, WIRE_MAC, CHUNKS + 100):
             wire.send(one)
     wait_for(lambda: switch.counters("full0")["rx_missed"] == 100, "what is missing")

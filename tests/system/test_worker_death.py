@@ -97,7 +97,7 @@ def test_locks_of_the_dead_are_freed_even_when_their_heirs_die_with_them(own_net
     exchange_both_ways(a, b)
     pids = net.switch.worker_pids()
     records = shared.attach(net.switch.run_dir, writable=True)
-    for pid in pids:
+    for pid in (net.switch.pid, *pids):
         os.kill(pid, signal.SIGSTOP)
     # As if each had died in the middle of something.
     for ring, worker in ((TX, 0), (RINGS_PER_PORT + TX, 1)):
@@ -106,6 +106,7 @@ def test_locks_of_the_dead_are_freed_even_when_their_heirs_die_with_them(own_net
     records.fdb["lock"][1::2] = 1 + 1
     for pid in pids:
         os.kill(pid, signal.SIGKILL)
+    os.kill(net.switch.pid, signal.SIGCONT)
     exchange_both_ways(a, b)
     a.send_all(frame(b, b"\x02" * 6))
     assert len(b.receive(timeout=10.0)) == 1
