@@ -17,6 +17,8 @@ from tests.vm.vhost_net_checks import BUSYBOX, NAMES
 from vswitch.demo.image import Recipe
 from vswitch.demo.qemu import Machine, QemuGuest
 
+pytestmark = pytest.mark.timeout(480)  # of which a quiet machine takes 90 s
+
 REPOSITORY = Path(__file__).parent.parent.parent
 ENVIRONMENT = {
     "NUMBA_DISABLE_JIT": "1",
