@@ -53,7 +53,7 @@ def assert_held(switch, before):
             for pid, had in before.items()
         )
 
-    switch.wait_for(is_back, lambda: (before, held(switch)))
+    switch.wait_for(is_back, lambda: (before, held(switch)), timeout=30.0)
 
 
 # --- ports ---
