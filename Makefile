@@ -1,6 +1,6 @@
 # Bare `make` lists the targets; anything longer than a line is in .ci/ or a tool's own file.
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-tests demo test check lint test-fast test-python test-bounds bench bench-full bench-quick bench-tcp bench-uplink bench-takeover bench-isolation soak format clean
+.PHONY: help setup setup-tests demo test check lint test-fast test-python test-bounds bench bench-full bench-quick bench-tcp bench-uplink bench-takeover bench-isolation bench-load soak format clean
 
 BIN := .venv/bin
 # Two at a time, a file as a whole: most of a test is waiting, and a file shares a switch.
@@ -57,6 +57,9 @@ bench-takeover: setup-tests ## measure how long frames stop when a worker is kil
 
 bench-isolation: setup-tests ## measure what a misbehaving neighbour costs a pair of guests
 	@$(BIN)/python -m bench.isolation
+
+bench-load: setup-tests ## measure what 126 idle guests cost two streams
+	@$(BIN)/python -m bench.load
 
 soak: setup-tests ## try what can go wrong at random for MINUTES (10), from SEED
 	@$(BIN)/python -m tests.soak --minutes $(or $(MINUTES),10) $(addprefix --seed ,$(SEED))
