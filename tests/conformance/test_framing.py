@@ -8,26 +8,22 @@ from pathlib import Path
 
 import pytest
 
-from ports.vhost.features import OFFERED_PROTOCOL
 from ports.vhost.messages import (
     PF_REPLY_ACK,
     RULES,
-    U64,
-    Config,
-    Log,
-    MemTable,
     Request,
-    SingleRegion,
-    VringAddr,
     VringFd,
     VringState,
     encode_request,
 )
 from tests.conformance.wire import (
+    NATURAL,
     NEED_REPLY,
     REPLY,
+    SERVED,
     VERSION,
     ask,
+    good_message,
     is_cut_off,
     is_refused,
     number,
@@ -37,8 +33,6 @@ from tests.conformance.wire import (
 from tests.system.net import exchange_both_ways, footprint
 from vswitch.guest.frontend import DEFAULT_PROTOCOL, Frontend, eventfd
 
-SERVED = [n for n, rule in RULES.items() if not rule.needs & ~OFFERED_PROTOCOL]
-NATURAL = [n for n in SERVED if RULES[n].reply is not None]
 UNKNOWN = [0, 22, 23, 33, 44, 60, 77, 1 << 31, 0xFFFFFFFF]
 LAST_KNOWN = 43
 
@@ -60,37 +54,6 @@ def halted(pid):
         yield
     finally:
         os.kill(pid, signal.SIGCONT)
-
-
-def good_message(guest, request):
-    """A payload and descriptors with which `request` is fine on a fresh connection."""
-    (region,) = guest.table.regions
-    desc, avail, used = (guest.va + offset for offset in guest.rx.addresses())
-    ring = guest.rx.index
-    payload = {
-        U64: U64(1500),
-        VringState: VringState(ring, 1),
-        VringAddr: VringAddr(ring, 0, desc, used, avail, 0),
-        VringFd: VringFd(ring, has_fd=True),
-        MemTable: guest.table,
-        SingleRegion: SingleRegion(region),
-        Log: Log(1 << 16, 0),
-        Config: Config(0, 0, bytes(6)),
-        None: None,
-    }[RULES[request].payload]
-    special = {
-        Request.SET_FEATURES: U64(guest.features),
-        Request.SET_PROTOCOL_FEATURES: U64(DEFAULT_PROTOCOL),
-        Request.SET_STATUS: U64(0xF),
-        Request.SET_VRING_NUM: VringState(ring, guest.size),
-    }
-    fd = {
-        MemTable: guest.fd,
-        SingleRegion: guest.fd,
-        Log: guest.fd,
-        VringFd: guest.rx.ends.call,
-    }.get(RULES[request].payload)
-    return special.get(request, payload), [] if fd is None else [fd]
 
 
 def assert_one_reply(frontend, data, fds, wanted):

@@ -4,8 +4,24 @@ import dataclasses
 import re
 import struct
 
+from ports.vhost.features import OFFERED_PROTOCOL
+from ports.vhost.messages import (
+    RULES,
+    U64,
+    Config,
+    Log,
+    MemTable,
+    Request,
+    SingleRegion,
+    VringAddr,
+    VringFd,
+    VringState,
+)
 from vswitch.guest import GuestError
+from vswitch.guest.frontend import DEFAULT_PROTOCOL
 
+SERVED = [n for n, rule in RULES.items() if not rule.needs & ~OFFERED_PROTOCOL]
+NATURAL = [n for n in SERVED if RULES[n].reply is not None]
 VERSION, REPLY, NEED_REPLY = 1, 4, 8
 HUNG_UP = re.compile("hung up|Broken pipe|reset by peer")
 REFUSED = "the switch refused"
@@ -64,3 +80,34 @@ def cut_region(region, at):
         mmap_offset=at,
     )
     return first, second
+
+
+def good_message(guest, request):
+    """A payload and descriptors with which `request` is fine on a fresh connection."""
+    (region,) = guest.table.regions
+    desc, avail, used = (guest.va + offset for offset in guest.rx.addresses())
+    ring = guest.rx.index
+    payload = {
+        U64: U64(1500),
+        VringState: VringState(ring, 1),
+        VringAddr: VringAddr(ring, 0, desc, used, avail, 0),
+        VringFd: VringFd(ring, has_fd=True),
+        MemTable: guest.table,
+        SingleRegion: SingleRegion(region),
+        Log: Log(1 << 16, 0),
+        Config: Config(0, 0, bytes(6)),
+        None: None,
+    }[RULES[request].payload]
+    special = {
+        Request.SET_FEATURES: U64(guest.features),
+        Request.SET_PROTOCOL_FEATURES: U64(DEFAULT_PROTOCOL),
+        Request.SET_STATUS: U64(0xF),
+        Request.SET_VRING_NUM: VringState(ring, guest.size),
+    }
+    fd = {
+        MemTable: guest.fd,
+        SingleRegion: guest.fd,
+        Log: guest.fd,
+        VringFd: guest.rx.ends.call,
+    }.get(RULES[request].payload)
+    return special.get(request, payload), [] if fd is None else [fd]
