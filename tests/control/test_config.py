@@ -123,13 +123,30 @@ def test_a_file_gives_options_and_ports_with_paths_beside_it():
             r"line 2: \[port.vm1\] queues",
         ),
         ("[switch]\r\nworkers = 1\r\nspares = ''\r\n", "line 3: .* spares is ''"),
-        ("a = " + "[" * 5000 + "]" * 5000, "recursion"),
+        ("b = 1\na = " + "[" * 5000 + "]" * 5000, "line 2: brackets are nested too"),
     ],
 )
 def test_what_makes_no_sense_is_refused_with_its_place(text, found):
     with pytest.raises(ConfigError, match=rf"{PATH}: .*{found}") as refused:
         parse(text, PATH)
     assert "\n" not in str(refused.value)
+
+
+# 5000 hexadecimal digits are a number to the parser, and none that can be printed.
+@pytest.mark.parametrize(
+    ("text", "found"),
+    [
+        (f"[switch]\nworkers = 1{'0' * 5000}", "line 2: a number has too many digits"),
+        (f"[switch]\nworkers = 0x1{'0' * 5000}", "line 2: .* more than 64 bits"),
+        (f"[switch]\nageing = 0x1{'0' * 5000}", "line 2: .* ageing is a number of too"),
+        (f"[switch]\npoll = 0x1{'0' * 5000}", "line 2: .* poll is a number of too"),
+        (f"[switch]\ncpus = [0x1{'0' * 5000}]", "line 2: .* cpus is a number of too"),
+        (f"{GOOD}vlan = 0x1{'0' * 5000}", "line 21: .* vlan has more than 64 bits"),
+    ],
+)
+def test_a_number_that_cannot_be_printed_is_refused_with_its_place(text, found):
+    with pytest.raises(ConfigError, match=rf"{PATH}: {found}"):
+        parse(text, PATH)
 
 
 def test_a_file_that_is_not_there_is_named(tmp_path):
@@ -140,7 +157,9 @@ def test_a_file_that_is_not_there_is_named(tmp_path):
 def test_a_file_that_is_no_text_is_refused(tmp_path):
     path = tmp_path / "binary.toml"
     path.write_bytes(b"\xff\xfe\x00")
-    with pytest.raises(VswitchError, match=r"cannot read .*binary\.toml"):
+    with pytest.raises(
+        VswitchError, match=r"cannot read .*binary\.toml: line 1: byte 0xff is no UTF-8"
+    ):
         read(path)
 
 

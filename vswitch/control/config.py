@@ -77,6 +77,12 @@ _KINDS: Final = {
     list: "a list",
     dict: "a table",
 }
+_WORD_BITS: Final = 63  # of a whole number, beside its sign: as TOML has them
+# What its parser does not put in words of its own.
+_BEYOND: Final[dict[type[Exception], str]] = {
+    ValueError: "a number has too many digits",
+    RecursionError: "brackets are nested too deep",
+}
 
 
 class Config(NamedTuple):
@@ -99,9 +105,17 @@ def read(path: Path) -> Config:
     """
     try:
         text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
+    except OSError as error:
         raise VswitchError(f"cannot read {path}: {error}") from error
+    except UnicodeDecodeError as error:
+        raise VswitchError(f"cannot read {path}: {no_text(error)}") from error
     return parse(text, path)
+
+
+def no_text(error: UnicodeDecodeError) -> str:
+    """Where a file has a byte that makes it no text, and which."""
+    line = error.object[: error.start].count(b"\n") + 1
+    return f"line {line}: byte {error.object[error.start]:#x} is no UTF-8"
 
 
 def parse(text: str, path: Path) -> Config:
@@ -113,8 +127,12 @@ def parse(text: str, path: Path) -> Config:
     directory = path.absolute().parent
     try:
         document = tomllib.loads(text)
-    except (ValueError, RecursionError) as error:  # brackets may be nested too deep
+    except tomllib.TOMLDecodeError as error:
         raise ConfigError(f"{path}: {error}") from error
+    except (ValueError, RecursionError) as error:
+        kind = type(error)
+        line = _first_line(text, lambda head: _failure(head) is kind)
+        raise ConfigError(f"{path}: line {line}: {_BEYOND[kind]}") from error
     for fault in _faults(document, directory):
         line = _line(text, fault, directory)
         raise ConfigError(f"{path}: line {line}: {fault}")
@@ -192,7 +210,7 @@ def _fdb_faults(words: object, ports: Collection[str]) -> Iterator[str]:
         return
     yield from _wrong(words, _FDB, needed=["mac", "ifname"])
     mac, vlan, name = words.get("mac"), words.get("vlan", 0), words.get("ifname")
-    if isinstance(mac, str) and isinstance(vlan, int):
+    if isinstance(mac, str) and isinstance(vlan, int) and _fits(vlan):
         yield from _refusal(parse_key, mac, vlan)
     if isinstance(name, str) and name not in ports:
         yield f"ifname {name!r} is no port here"
@@ -206,15 +224,34 @@ def _wrong(
         if word not in known:
             yield f"{word!r} is unknown (known: {', '.join(known)})"
         elif kind is not known[word]:
-            yield f"{word} is {value!r}, not {_KINDS[known[word]]}"
-        elif word == "cpus" and not (value and all(type(cpu) is int for cpu in value)):
-            yield f"cpus is {value!r}, not a list of whole numbers"
+            yield f"{word} is {_shown(value)}, not {_KINDS[known[word]]}"
+        elif word == "cpus" and not _are_numbers(value):
+            yield f"cpus is {_shown(value)}, not a list of whole numbers"
         elif value not in _CHOICES.get(word, [value]):
             yield f"{word} {value!r} is unknown (known: {', '.join(_CHOICES[word])})"
         elif value not in _RANGES.get(word, [value]):
             within = _RANGES[word]
-            yield f"{word} is {value}, not within {within[0]} to {within[-1]}"
+            yield f"{word} is {_shown(value)}, not within {within[0]} to {within[-1]}"
+        elif kind is int and not _fits(value):
+            yield f"{word} has more than 64 bits"
     yield from (f"has no {word}" for word in needed if word not in words)
+
+
+def _fits(number: int) -> bool:
+    return number.bit_length() <= _WORD_BITS
+
+
+def _are_numbers(values: list[object]) -> bool:
+    return bool(values) and all(type(n) is int and _fits(n) for n in values)
+
+
+def _shown(value: object) -> str:
+    try:
+        return repr(value)
+    except ValueError:  # Python writes no number of thousands of digits
+        return "a number of too many digits"
+    except RecursionError:
+        return "a list of lists too deep"
 
 
 def _refusal(check: Callable[..., object], *arguments: object) -> Iterator[str]:
@@ -231,11 +268,31 @@ def _line(text: str, fault: str, directory: Path) -> int:
     """
     lines = text.split("\n")
 
-    def is_there(count: int) -> bool:
+    def is_there(head: str) -> bool:
+        count = head.count("\n")
         for end in range(count, len(lines) + 1):  # a value may go on for some lines
-            with contextlib.suppress(ValueError):
+            with contextlib.suppress(ValueError, RecursionError):
                 document = tomllib.loads("\n".join(lines[:end]) + "\n")
                 return fault in _faults(document, directory)
         return True
 
-    return bisect.bisect_left(range(1, len(lines)), True, key=is_there) + 1
+    return _first_line(text, is_there)
+
+
+def _first_line(text: str, is_there: Callable[[str], bool]) -> int:
+    """The first line with which there is what then remains, given the text up to it."""
+    lines = text.split("\n")
+
+    def key(count: int) -> bool:
+        return is_there("\n".join(lines[:count]) + "\n")
+
+    return bisect.bisect_left(range(1, len(lines)), True, key=key) + 1
+
+
+def _failure(text: str) -> type[Exception] | None:
+    """What the parser raises, if anything."""
+    try:
+        tomllib.loads(text)
+    except (ValueError, RecursionError) as error:
+        return type(error)
+    return None

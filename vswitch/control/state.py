@@ -54,9 +54,7 @@ def read(run_dir: Path) -> Config | None:
     except OSError as error:
         raise _refused(path, f"{path}: {errno_name(error)}") from error
     except UnicodeDecodeError as error:
-        line = error.object[: error.start].count(b"\n") + 1
-        found = f"byte {error.object[error.start]:#x} is no UTF-8"
-        raise _refused(path, f"{path}: line {line}: {found}") from error
+        raise _refused(path, f"{path}: {config.no_text(error)}") from error
     except ConfigError as error:
         raise _refused(path, str(error)) from error
 
