@@ -22,6 +22,15 @@ from vswitch.errors import EXIT_FAILED, VswitchError
 _REFUSED_S: Final = 5.0
 _MAX_MESSAGE: Final = 1 << 20
 _READ: Final = 1 << 16
+# What a value out of a message may do to whoever uses it: an infinite number, or lists in
+# lists, as deep as a message may have them, when an error is to show them.
+_BAD_ARGUMENTS: Final = (
+    ArithmeticError,
+    KeyError,
+    RecursionError,
+    TypeError,
+    ValueError,
+)
 
 Arguments = dict[str, Any]
 Commands = dict[str, Callable[[Arguments], Awaitable[Any]]]
@@ -94,9 +103,10 @@ class ControlServer:
     async def _answer(self, request: object) -> Arguments:
         arguments = dict(request) if isinstance(request, dict) else {}
         name = arguments.pop("command", None)
-        command = self._commands.get(str(name))
+        command = self._commands.get(name) if isinstance(name, str) else None
         if command is None:
-            text = f"control socket: unknown command {name!r} (is the CLI of another"
+            what = repr(name) if isinstance(name, str) else "that is no text"
+            text = f"control socket: unknown command {what} (is the CLI of another"
             return _error(EXIT_FAILED, f"{text} version?)")
         try:
             return {"ok": await command(arguments)}
@@ -104,7 +114,7 @@ class ControlServer:
             return _error(error.code, str(error))
         except (PortError, OSError, MemoryError) as error:
             return _error(EXIT_FAILED, str(error))
-        except (KeyError, TypeError, ValueError) as error:
+        except _BAD_ARGUMENTS as error:
             text = f"control socket: {name}: bad arguments: {error!r}"
             return _error(EXIT_FAILED, text)
 

@@ -1,0 +1,3 @@
+from tests.system.conftest import net, own_net, start, switch
+
+__all__ = ["net", "own_net", "start", "switch"]
