@@ -7,6 +7,9 @@ says that it must not wait (RWF_NOWAIT), so all are completed when the call retu
 between two bursts there is nothing in the ring. A worker that dies takes no more with it
 than one that dies between two calls.
 
+A ring writes to what is open and does nothing else, whoever gets hold of it: it is
+restricted to that (Linux 5.10). Filters of system calls would not see what it is asked.
+
 linux/io_uring.h; io_uring_setup(2), io_uring_enter(2).
 """
 
@@ -23,6 +26,12 @@ from ports.burst import BURST_SIZE
 from ports.errors import errno_name
 
 _SETUP: Final = 425
+_REGISTER: Final = 427
+_SETUP_DISABLED: Final = 1 << 6
+_REGISTER_RESTRICTIONS: Final = 11
+_REGISTER_ENABLE: Final = 12
+_RESTRICT_TO_OP: Final = 1
+_RESTRICTION: Final = "HB13x"  # struct io_uring_restriction
 _OP_WRITEV: Final = 2
 _RWF_NOWAIT: Final = 8
 _OFFSET_RINGS: Final = 0
@@ -30,6 +39,7 @@ _OFFSET_REQUESTS: Final = 0x10000000
 # struct io_uring_params: ten words, of which the first two are the sizes; then where in
 # the mapping the parts of the two rings are, ten words each.
 _PARAMS: Final = "30I"
+_FLAGS: Final = 2
 _REQUEST_PLACES: Final = 10
 _RESULT_PLACES: Final = 20
 _HEAD, _TAIL, _MASK = 0, 1, 2  # words of both
@@ -73,6 +83,7 @@ URING: Final = np.dtype(
 _CAUSES: Final = {
     errno.EPERM: "it is forbidden (look at sysctl kernel.io_uring_disabled and seccomp)",
     errno.ENOSYS: "the kernel has none",
+    errno.EINVAL: "the kernel cannot restrict it to writes (Linux 5.10 can)",
     errno.ENOMEM: "no memory may be locked for it (raise ulimit -l)",
 }
 
@@ -140,10 +151,24 @@ def missing(fd: int) -> str:
 
 
 def _set_up() -> tuple[int, tuple[int, ...]]:
-    """Make a ring; its descriptor and parameters."""
-    params = ctypes.create_string_buffer(struct.calcsize(_PARAMS))
-    fd = int(_libc.syscall(_SETUP, REQUESTS, params))
-    if fd < 0:
+    """Make a ring that can only write; its descriptor and parameters."""
+    words = [0] * (struct.calcsize(_PARAMS) // 4)
+    words[_FLAGS] = _SETUP_DISABLED
+    params = ctypes.create_string_buffer(struct.pack(_PARAMS, *words))
+    restriction = struct.pack(_RESTRICTION, _RESTRICT_TO_OP, _OP_WRITEV)
+    fd = _call(_SETUP, REQUESTS, params)
+    try:
+        _call(_REGISTER, fd, _REGISTER_RESTRICTIONS, restriction, 1)
+        _call(_REGISTER, fd, _REGISTER_ENABLE, None, 0)
+    except OSError:
+        os.close(fd)
+        raise
+    return fd, struct.unpack_from(_PARAMS, params)
+
+
+def _call(*arguments: int | bytes | ctypes.Array[ctypes.c_char] | None) -> int:
+    result = int(_libc.syscall(*arguments))
+    if result < 0:
         number = ctypes.get_errno()
         raise OSError(number, os.strerror(number))
-    return fd, struct.unpack(_PARAMS, params.raw)
+    return result

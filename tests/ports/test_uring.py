@@ -1,5 +1,6 @@
 """A ring of system calls: what it takes to have one, and that nothing stays in it."""
 
+import ctypes
 import errno
 import fcntl
 import os
@@ -42,6 +43,10 @@ def queue(ring, fds, words):
         at = rows.ctypes.data + n * SEGMENT.itemsize
         uring_data.queue_write(ring, n, fd, at, 1)
     return data, rows
+
+
+def words_at(address, length=4):
+    return (ctypes.c_char * length).from_address(address)
 
 
 def results(ring, count):
@@ -97,6 +102,26 @@ def test_what_the_kernel_does_not_take_is_taken_back(ring, pipe):
     assert uring_data.submit(ring, 1) == 1
     assert results(ring, 1) == [1]
     assert os.read(pipe[0], 4096) == b"d"
+    del keep
+
+
+@pytest.mark.parametrize(
+    "operation",
+    [9, 16, 18, 23, 45],
+    ids=["sendmsg", "connect", "openat", "write", "socket"],
+)
+def test_a_ring_does_nothing_but_write(ring, pipe, operation):
+    keep = queue(ring, [pipe[1]], [b"a"])
+    place = int(np.frombuffer(words_at(int(ring["request_tail"])), "<u4")[0])
+    requests = np.frombuffer(
+        words_at(int(ring["requests"]), uring.REQUESTS * uring.REQUEST.itemsize),
+        uring.REQUEST,
+    )
+    row = requests[place % uring.REQUESTS]
+    row["opcode"], before = operation, row["opcode"]
+    assert uring_data.submit(ring, 1) == 1
+    assert results(ring, 1) == [-errno.EACCES]
+    row["opcode"] = before
     del keep
 
 
