@@ -18,6 +18,8 @@ missing_packages() {
     command -v ip >/dev/null || echo iproute2
     command -v unshare >/dev/null || echo util-linux
     "$python" -c 'import ensurepip' 2>/dev/null || echo python3-venv
+    "$python" -c 'import ctypes; ctypes.CDLL("libseccomp.so.2")' 2>/dev/null ||
+        echo libseccomp2
     if [ "$purpose" = tests ]; then
         command -v dpdk-testpmd >/dev/null || echo dpdk-dev
         command -v ethtool >/dev/null || echo ethtool

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import msgpack
 
-from vswitch import shared
+from vswitch import privileges, shared
 
 DEFAULTS = ("--workers", "1", "--spares", "1", "--poll", "adaptive")
 
@@ -69,6 +69,7 @@ class Switch:
                 pass_fds=(write_end,),
                 stdout=log,
                 stderr=log,
+                env=privileges.environment(),
             )
         os.close(write_end)
         if self._status:

@@ -28,8 +28,10 @@ NUMBA_FREE = (
     "vswitch.cli",
     "vswitch.control.client",
     "vswitch.manager",
+    "vswitch.privileges",
     "vswitch.records",
     "vswitch.shared",
+    "vswitch.syscalls",
 )
 
 # Low may not know high: the first name may not import the second.

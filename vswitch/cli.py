@@ -17,7 +17,7 @@ from typing import Annotated, Any, Final, Literal
 
 import typer
 
-from vswitch import __version__, qemu_line, tables
+from vswitch import __version__, privileges, qemu_line, tables
 from vswitch import start as starting
 from vswitch.control import endpoint, rundir
 from vswitch.control.client import Client
@@ -157,7 +157,8 @@ def up(
     if foreground:
         sys.stdout.flush()
         command = starting.command(arguments)
-        os.execv(command[0], command)  # noqa: S606 (no shell wanted)
+        environment = privileges.environment()
+        os.execve(command[0], command, environment)  # noqa: S606 (no shell wanted)
     began = time.monotonic()
     try:
         with _Progress() as on_progress:

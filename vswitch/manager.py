@@ -25,7 +25,7 @@ import msgpack
 
 from ports.errors import PortError
 from ports.vhost.sockets import remove_stale
-from vswitch import __version__, snapshot
+from vswitch import __version__, privileges, snapshot
 from vswitch import shared as segment
 from vswitch.control import rundir, state
 from vswitch.control.config import NOTHING
@@ -275,6 +275,7 @@ def run(options: argparse.Namespace, report: Callable[[Arguments], None]) -> int
     Errors of the start are reported, not raised.
     """
     try:
+        privileges.keep_for_manager()
         asyncio.run(_run(options, report))
     except VswitchError as error:
         report({"error": {"code": error.code, "message": str(error)}})

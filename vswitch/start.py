@@ -9,6 +9,7 @@ from typing import Any
 
 import msgpack
 
+from vswitch import privileges
 from vswitch.control import rundir
 from vswitch.errors import VswitchError
 
@@ -73,4 +74,5 @@ def _spawn(
             stderr=output,
             pass_fds=(status_fd,),
             start_new_session=True,
+            env=privileges.environment(),
         )

@@ -34,7 +34,7 @@ from ports.base import BACKEND_URING
 from ports.errors import errno_name
 from ports.uring import Uring
 from ports.vhost.virtio import NET_HDR_LEN
-from vswitch import lifeline
+from vswitch import lifeline, privileges, syscalls
 from vswitch import shared as segment
 from vswitch.control import protocol
 from vswitch.datapath import fdb, loop
@@ -76,7 +76,7 @@ class Worker:
         self._lost: list[int] = []  # mappings that zeroes took the place of
         self._keep_handler = native.catch_bus_errors(self._replace)
         self._uring: Uring | None = None
-        self._wants_uring = True
+        self._no_uring = ""
         self._longest_sleep_s = _SLEEP_S
         self._epoll = select.epoll()
         self._epoll.register(sock.fileno(), select.EPOLLIN)
@@ -105,6 +105,14 @@ class Worker:
             reporter.join()
         self._record["cycles_per_s"] = _cycles_per_s()
         self._turn_cycles = int(self._record["cycles_per_s"]) * _TURN_NS // 10**9
+
+    def confine(self) -> None:
+        """Have what nobody else gives us, then give up every right to more."""
+        self._open_uring()
+        privileges.give_up()
+        if lack := syscalls.confine():
+            text = "worker %d: no filter of system calls: %s"
+            _log.warning(text, self._number, lack)
 
     def announce(self) -> None:
         """Tell the manager that we can begin."""
@@ -236,8 +244,10 @@ class Worker:
         return 0
 
     def _sync(self, _seq: int, dead: int) -> int:
-        if self._wants_uring and self._is_uring_asked_for():
-            self._open_uring()
+        if self._no_uring and self._is_uring_asked_for():
+            text = "worker %d: no io_uring: %s"
+            _log.warning(text, self._number, self._no_uring)
+            self._no_uring = ""
         if dead >= 0:
             loop.repair_rings(self._ctx, dead, self._number)
         loop.start_rings(self._ctx, self._number)
@@ -259,12 +269,10 @@ class Worker:
 
     def _open_uring(self) -> None:
         """Have a ring for system calls of our own; without one, each is made by itself."""
-        self._wants_uring = False
         try:
             self._uring = Uring()
         except OSError as error:
-            text = "worker %d: no io_uring: %s"
-            _log.warning(text, self._number, errno_name(error))
+            self._no_uring = errno_name(error)
         else:
             self._ctx["uring"] = self._uring.address
 
@@ -325,6 +333,7 @@ def main() -> None:
         worker.warm_up()
         # Not before: loading is a second's work, and somebody forwards on that CPU.
         os.sched_setaffinity(0, {int(cpu)})
+        worker.confine()
         worker.announce()
         # Nothing below makes cycles; a collection would only lengthen a turn.
         gc.freeze()

@@ -51,6 +51,7 @@ _STOP_S: Final = 2.0
 # Signals by which a worker ends through what it does itself.
 _OWN_FAULTS: Final = frozenset(
     {signal.SIGSEGV, signal.SIGBUS, signal.SIGILL, signal.SIGFPE, signal.SIGABRT}
+    | {signal.SIGSYS}  # by a call that no worker makes
 )
 _FIRST_BACKOFF_S: Final = 0.05
 _LAST_BACKOFF_S: Final = 5.0
@@ -591,6 +592,7 @@ async def _reap(process: _Process) -> None:
 def _step_aside(pid: int) -> None:
     """Let the kernel take a process apart where and when its heir needs no CPU."""
     with contextlib.suppress(OSError):  # that is done
+        os.kill(pid, signal.SIGKILL)  # in case it only said so
         os.sched_setscheduler(pid, os.SCHED_IDLE, os.sched_param(0))
         os.sched_setaffinity(pid, os.sched_getaffinity(0))
 

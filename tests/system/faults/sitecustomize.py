@@ -15,9 +15,11 @@ def _spin(_):
 
 
 def _wait(_):
-    os.read(os.pipe()[0], 1)
+    os.read(_SILENT, 1)
 
 
+# Made before the worker gives up its right to.
+_SILENT = os.pipe()[0]
 _FAULTS = {signal.SIGUSR1: _spin, signal.SIGUSR2: _wait}
 
 if "vswitch.worker" in sys.orig_argv:
