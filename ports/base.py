@@ -111,6 +111,9 @@ PORT: Final = np.dtype(
         ("addresses", "<i8"),  # learned addresses behind this port
         # Written by the manager: frames that the kernel had no room for.
         ("missed", "<i8"),
-        ("data_pad", "<i8", (6,)),
+        # Written by the manager, vhost-user: the serial number of the last message that was
+        # read; -1: a part of one was.
+        ("heard", "<i8"),
+        ("data_pad", "<i8", (5,)),
     ]
 )

@@ -5,7 +5,7 @@ are plain memory that workers look at, and `sync` returns when all of them have.
 """
 
 from collections.abc import Callable, Sequence
-from typing import Final, NamedTuple, Protocol
+from typing import Any, Final, NamedTuple, Protocol
 
 from numpy import void
 from numpy.typing import NDArray
@@ -35,6 +35,13 @@ class Backend(NamedTuple):
 
 
 NO_CHOICE: Final = Backend("", "")
+
+
+class Answer(NamedTuple):
+    """Bytes for a front-end."""
+
+    place: int  # of its connection, among the descriptors beside it
+    data: bytes
 
 
 def nothing() -> None:
@@ -92,6 +99,27 @@ class Host(Protocol):
 
     async def sync(self) -> None:
         """Return when no worker uses what the records said before."""
+
+    def keep(
+        self,
+        slot: int,
+        state: dict[str, Any],
+        fds: Sequence[int],
+        answer: Answer | None = None,
+    ) -> bool:
+        """Have what a port is outlive this process, in place of what it kept before.
+
+        Returns at once, and the state is safe by then. `fds` stay the caller's. With it,
+        in one step, an answer is sent, if there is room for it; False if it is not.
+        """
+
+    def settle(self) -> None:
+        """Return when all answers have been sent, and what is kept no more is closed."""
+
+    def keep_message(
+        self, slot: int, words: dict[str, Any] | None, fds: Sequence[int] = ()
+    ) -> None:
+        """The same, beside `keep`, for a message to a port; None: there is none now."""
 
     async def announce(self, slot: int, address: bytes) -> None:
         """Tell every port that `address` (6 bytes) lives behind port `slot` from now."""

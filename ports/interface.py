@@ -10,7 +10,7 @@ import contextlib
 import logging
 import socket
 from collections.abc import Mapping, Sequence
-from typing import Final
+from typing import Any, Final
 
 import numpy as np
 from numpy.typing import NDArray
@@ -28,6 +28,7 @@ from ports.errors import PortError
 from ports.host import NO_CHOICE, Host, State
 from ports.links import Link, LinkMonitor
 from ports.packet_socket import is_wireless
+from ports.vhost.channel import close_fds
 
 ETHERNET: Final = 14  # bytes of a header without a tag
 _LOOK_AGAIN_S: Final = 1.0
@@ -71,6 +72,18 @@ class InterfacePort:
         await self._monitor.start()
         await self._warn()
         self._keeper = asyncio.create_task(self._keep())
+
+    async def resume(self, kept: dict[str, Any], fds: Sequence[int]) -> None:
+        """Attach anew in place of a manager that was killed; no ring is in use.
+
+        Raises:
+            PortError: As `open` does.
+        """
+        self._host.keep(self._slot, kept, [])
+        close_fds(fds)
+        self._host.settle()  # what the interface ran is gone with its last descriptor
+        self._inherit(kept)
+        await self.open()
 
     async def close(self) -> None:
         """Detach; the interface is as it was."""
@@ -201,6 +214,9 @@ class InterfacePort:
     def _serves(self, _: Link) -> bool:
         """Whether what we have still serves the interface as it is now."""
         return True
+
+    def _inherit(self, kept: dict[str, Any]) -> None:
+        """Take up what was kept, but for descriptors."""
 
     def _note_link(self) -> None:
         """Look at the monitor's link, which may have changed."""

@@ -16,7 +16,7 @@ queue is used by all.
 """
 
 from collections.abc import Callable, Sequence
-from typing import Final, NamedTuple, cast
+from typing import Any, Final, NamedTuple, cast
 
 import numpy as np
 
@@ -39,6 +39,7 @@ from ports.errors import PortError
 from ports.host import NO_CHOICE, Backend, Host, State
 from ports.links import LinkMonitor, bring_up
 from ports.tap_device import Tap
+from ports.vhost.channel import close_fds
 from ports.vhost.features import (
     RECEIVER,
     RECEIVER_USO,
@@ -107,6 +108,23 @@ class TapPort:
         """
         await tap_device.check_unused(self.interface)
         self._tap = tap_device.attach(self.interface, len(self._owners))
+        await self._begin()
+
+    async def resume(self, kept: dict[str, Any], fds: Sequence[int]) -> None:
+        """Go on with the queues of a manager that was killed; no ring is in use.
+
+        Raises:
+            PortError: The backend that was asked for cannot be had any more.
+        """
+        queues = kept["queues"]
+        close_fds(fds[queues:])  # the kernel's threads, which have served our rings
+        self._tap = Tap(list(fds[:queues]), kept["segments_udp"])
+        await self._begin()
+
+    async def _begin(self) -> None:
+        """Set up the interface that we are attached to, and start its rings."""
+        assert self._tap is not None  # noqa: S101 (both callers have attached)
+        self._keep()
         self.backend = choose_backend(self._wanted_backend, self._tap.fds[0])
         if not self._tap.segments_udp:
             self._receiver &= ~RECEIVER_USO
@@ -122,7 +140,15 @@ class TapPort:
         for index in range(2 * self._queues):
             self._ring(index)["state"] = RING_STARTING
         await self._host.sync()
+        self._keep()
         self._host.ports[self._slot]["up"] = 1
+
+    def _keep(self) -> None:
+        """Let the interface, and the kernel's threads at it, outlive us."""
+        assert self._tap is not None  # noqa: S101 (both callers have attached)
+        words = {"queues": self._queues, "segments_udp": self._tap.segments_udp}
+        fds = [*self._tap.fds, *(vhost.fileno() for vhost in self._vhosts)]
+        self._host.keep(self._slot, words, fds)
 
     async def close(self) -> None:
         """Detach; an interface that we made goes away."""

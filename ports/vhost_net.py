@@ -92,6 +92,10 @@ class VhostNet:
         self._mapping: Mapping | None = None
         self._numbers: list[int] = []  # of the eventfds, of both rings, in workers
 
+    def fileno(self) -> int:
+        """The descriptor that the kernel's thread lives by."""
+        return self._fd
+
     async def open(self, tap: int) -> None:
         """Let the kernel serve a tap's queue; its descriptor stays the caller's.
 

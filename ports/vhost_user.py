@@ -2,16 +2,14 @@
 
 Life cycle: `open` listens (server mode) or starts to connect (client mode). One front-end
 at a time is served by a task that reads a message, lets the session change what is
-*wanted*, brings the port there (`_reconcile`), and only then replies. When the front-end
-goes away everything it gave us is given back and the port waits for the next one.
+*wanted*, brings the port there (`vhost/applied.py`), and only then replies. When the
+front-end goes away everything it gave us is given back and the port waits for the next
+one.
 
-Order of `_reconcile`, each step awaited: rings that may not go on are stopped; new memory
-is mapped in every worker; the table of regions is switched in one store; old memory is
-unmapped; new call descriptors are put in place; rings that may run are started by their
-owners. Nothing is unmapped or closed before every worker has confirmed that it looks at
-the new records.
-
-What an identical memory table needs is nothing: front-ends send it at every start.
+A manager that is killed leaves the session to its successor (`resume`). For that two things
+are kept where they outlive us (`Host.keep`): the session, as it was when its last message
+had been answered, and the message after that, before it is read. PORT.heard tells which
+was read.
 """
 
 import asyncio
@@ -20,44 +18,25 @@ import logging
 import socket
 import time
 from collections.abc import Sequence
-from functools import partial
 from pathlib import Path
-from typing import Final, NamedTuple, TypeVar, cast
+from typing import Any, Final, cast
 
 import numpy as np
 
 from ports.aio import readable, unbroken, writable
 from ports.appear import appeared
-from ports.base import (
-    KIND_NONE,
-    KIND_VHOST_USER,
-    LOG_ROW,
-    NO_FD,
-    RING_BROKEN,
-    RING_STARTING,
-    RING_STOPPED,
-    RINGS_PER_PORT,
-    RX,
-    TABLE_ROWS,
-    TX,
-)
+from ports.base import KIND_NONE, KIND_VHOST_USER
 from ports.burst import MAX_FRAME
-from ports.errors import ProtocolError
-from ports.host import NO_CHOICE, Host, Mapping, State
-from ports.vhost import virtio
+from ports.errors import ProtocolError, errno_name
+from ports.host import NO_CHOICE, Answer, Host, State
+from ports.vhost import saved
+from ports.vhost.applied import Applied
 from ports.vhost.channel import Channel, close_fds
-from ports.vhost.features import OFFERED_PROTOCOL, RECEIVER, feature_names
+from ports.vhost.features import OFFERED_PROTOCOL, feature_names
 from ports.vhost.messages import PF_CONFIG, Message
-from ports.vhost.session import (
-    NOT_SHARED,
-    BaseReply,
-    Session,
-    WantedRegion,
-    WantedRing,
-)
+from ports.vhost.session import NOT_SHARED, Session, Step
 from ports.vhost.sockets import Access, check_path, explain_refusal, listen
 
-_ETHERNET_AND_TAG: Final = 18
 _CONNECT_S: Final = 0.01
 _LOOK_AGAIN_S: Final = 1.0
 _MEMORY_DUE_S: Final = 1.0
@@ -66,39 +45,9 @@ _LOG_LINES: Final = 20
 _BRIEF_S: Final = 1.0
 _LEFT_OFTEN: Final = 3
 _FAULTS_COUNT_S: Final = 3600.0  # a fault is forgotten after that
+_IN_PIECES: Final = -1  # PORT.heard: a part of a message is read
 
 _log = logging.getLogger(__name__)
-
-_Thing = TypeVar("_Thing")
-_Mapped = tuple[WantedRegion, Mapping]
-
-
-class _Basis(NamedTuple):
-    """What a running ring rests on; if any of it changes, the ring has to stop."""
-
-    places: tuple[object, ...]  # its three parts: part of a file, offset
-    num: int
-    features: int  # without LOG_ALL, which does not concern it
-    kick_fd: int  # the session's
-    err_fd: int
-
-
-class _Running(NamedTuple):
-    """What a ring was started with."""
-
-    basis: _Basis
-    base: int  # packed: the position that the front-end gave
-    kick: int  # numbers in workers, NO_FD for none
-    err: int
-
-
-class _Left(NamedTuple):
-    """Where a packed ring stood when its front-end went away without stopping it."""
-
-    places: tuple[object, ...]
-    num: int
-    base: int
-    position: int
 
 
 class VhostUserPort:
@@ -132,13 +81,8 @@ class VhostUserPort:
         self._tasks: list[asyncio.Task[None]] = []
         self._session: Session | None = None
         self._features_since = 0.0
-        self._mapped: list[_Mapped] = []
-        self._log_mapped: _Mapped | None = None
-        self._running: dict[int, _Running] = {}
-        self._left: dict[int, _Left] = {}
-        self._ran: set[int] = set()  # rings that ran since the front-end connected
-        self._calls: dict[int, tuple[int, int]] = {}  # ring: our fd, number in workers
-        self._table_half = 0
+        self._applied = Applied(host, slot, pairs, self._quarantine)
+        self._serial = 0  # of the message that was kept last
         self._trouble: OSError | None = None
         self._connection: socket.socket | None = None
         self._quarantined = ""  # why, until another front-end's frames flow
@@ -161,17 +105,122 @@ class VhostUserPort:
         check_path(self.path)
         if self.mode == "server":
             self._listener = listen(self.path, self._access)
-        record = self._host.ports[self._slot]
-        record["kind"] = KIND_VHOST_USER
-        record["max_frame"] = MAX_FRAME
-        for index in range(RINGS_PER_PORT):
-            ring = self._ring(index)
-            ring["port"], ring["number"] = self._slot, self._number(index)
-        if self._listener:
-            serve = self._accept_forever(self._listener)
-        else:
-            serve = self._connect_forever()
-        self._tasks.append(asyncio.create_task(serve))
+        self._record["kind"] = KIND_VHOST_USER
+        self._record["max_frame"] = MAX_FRAME
+        self._applied.number_rings()
+        self._keep()
+        self._tasks.append(asyncio.create_task(self._serve_forever()))
+
+    async def resume(self, kept: dict[str, Any], fds: Sequence[int]) -> None:
+        """Go on where a manager that was killed left off, in place of `open`.
+
+        Its front-end notices a pause at most. When this returns nothing is used any more
+        that workers were given before.
+
+        Args:
+            kept: What that manager kept last, see `_keep`.
+            fds: The descriptors beside it, ours from now on.
+
+        Raises:
+            PortError: Nobody is connected, nobody can as the socket's file is gone, and
+                it cannot be made.
+        """
+        ours = list(fds)
+        if self.mode == "server":
+            self._listener = socket.socket(fileno=ours.pop(0))
+            if kept["session"] is None and not self.path.exists():
+                self._listener.close()
+                self._listener = listen(self.path, self._access)
+        self._serial = kept["serial"]
+        self._quarantined, self._faults = kept["quarantined"], kept["faults"]
+        self._applied.load(kept["applied"])
+        if kept["session"] is None:
+            await self._applied.stop_all()
+            self._tasks.append(asyncio.create_task(self._serve_forever()))
+            return
+        channel = self._begin(socket.socket(fileno=ours.pop(0)))
+        heard = ours[kept["fds"] :]
+        session = self._session = saved.load_session(kept["session"], ours)
+        step = self._hear_again(channel, session, kept["message"], list(heard))
+        self._applied.note_running(session)
+        # Where rings stand is not to be seen any more when they are stopped.
+        again = kept | {"applied": self._applied.save()}
+        self._host.keep(self._slot, again, fds[: len(fds) - len(heard)])
+        await self._applied.stop_all()
+        try:
+            await self._reconcile(session)
+        except (OSError, MemoryError) as error:
+            self._log(f"cannot take again what the front-end gave: {error}")
+            channel.shut()
+        if int(self._record["heard"]) == _IN_PIECES:
+            self._log("a part of a message is lost")
+            channel.shut()
+        self._log("resumed")
+        self._tasks.append(asyncio.create_task(self._go_on(channel, session, step)))
+
+    def _hear_again(
+        self,
+        channel: Channel,
+        session: Session,
+        kept: dict[str, Any] | None,
+        fds: list[int],
+    ) -> Step | None:
+        """Take the last message if it was read and not done with; what is left to do."""
+        if not kept or kept["serial"] <= self._serial:
+            close_fds(fds)
+            return None
+        was_read = kept["serial"] == int(self._record["heard"])
+        if not was_read and channel.waits_with(kept["data"]):
+            close_fds(fds)
+            return None
+        self._serial = kept["serial"]
+        return session.handle(saved.load_message(kept["data"], fds))
+
+    async def _go_on(
+        self, channel: Channel, session: Session, begun: Step | None
+    ) -> None:
+        await self._attend(channel, session, begun)
+        await self._serve_forever()
+
+    async def _serve_forever(self) -> None:
+        while True:
+            try:
+                if self._listener:
+                    await self._accept(self._listener)
+                else:
+                    await self._connect()
+            except OSError as error:  # most likely there are no more descriptors
+                self._log(f"cannot take a front-end: {errno_name(error)}")
+                await asyncio.sleep(_LOOK_AGAIN_S)
+
+    def _keep(self, answer: bytes = b"") -> bool:
+        """Have the port's state outlive us, after any change to it.
+
+        With it goes the answer to the message that has changed it; False if it does not.
+        """
+        fds = [self._listener.fileno()] if self._listener else []
+        kept: dict[str, Any] = {
+            "serial": self._serial,
+            "quarantined": self._quarantined,
+            "faults": self._faults,
+            "applied": self._applied.save(),
+            "session": None,
+        }
+        place = len(fds)
+        if self._session and self._connection:
+            fds.append(self._connection.fileno())
+            kept["session"], own = saved.save_session(self._session)
+            kept["fds"] = len(own)
+            fds += own
+        done = self._host.keep(self._slot, kept, fds, Answer(place, answer))
+        self._host.keep_message(self._slot, None)
+        return done
+
+    def _keep_message(self, data: bytes, fds: Sequence[int]) -> None:
+        """Have a message outlive us that is about to be read."""
+        self._serial += 1
+        words = {"serial": self._serial, "data": data}
+        self._host.keep_message(self._slot, words, fds)
 
     async def close(self) -> None:
         """Let the front-end go and give everything back."""
@@ -181,7 +230,7 @@ class VhostUserPort:
         if self._listener:
             self._listener.close()
             self.path.unlink(missing_ok=True)
-        self._host.ports[self._slot]["kind"] = KIND_NONE
+        self._record["kind"] = KIND_NONE
 
     # --- what users see ---
 
@@ -192,7 +241,7 @@ class VhostUserPort:
             return warning
         if session is None:
             return State("waiting-for-frontend", self._what_for())
-        if int(self._host.ports[self._slot]["up"]):
+        if self._applied.up:
             return State("up", self._describe_rings())
         problem = self._problem(session)
         if problem:
@@ -209,7 +258,7 @@ class VhostUserPort:
     def queues(self) -> dict[str, int]:
         """Queue pairs: enabled ones, and how many a guest may have."""
         return {
-            "enabled": int(self._host.ports[self._slot]["pairs"]),
+            "enabled": self._applied.enabled_pairs,
             "max": self._pairs,
         }
 
@@ -232,9 +281,7 @@ class VhostUserPort:
         if self._faults == 1:
             self._log(f"{reason} (once more, and the port is quarantined)")
             return
-        self._host.ports[self._slot]["up"] = 0
-        for index in self._running:
-            self._ring(index)["state"] = RING_STOPPED
+        self._applied.stop_now()
         self._quarantine(f"{reason}, and not for the first time")
 
     def _warning(self) -> State | None:
@@ -257,12 +304,7 @@ class VhostUserPort:
         return time.monotonic() - self._connected < _BRIEF_S
 
     def _describe_rings(self) -> str:
-        pairs = int(self._host.ports[self._slot]["pairs"])
-        broken = [
-            index
-            for index in self._running
-            if int(self._ring(index)["state"]) == RING_BROKEN
-        ]
+        pairs, broken = self._applied.enabled_pairs, self._applied.broken
         text = f"{pairs} queue pair{'s' if pairs != 1 else ''}"
         if broken:
             text += f"; virtqueue {broken[0]} is broken: the guest's indexes make no"
@@ -279,42 +321,57 @@ class VhostUserPort:
 
     # --- the socket ---
 
-    async def _accept_forever(self, listener: socket.socket) -> None:
-        loop = asyncio.get_running_loop()
-        while True:
-            connection, _ = await loop.sock_accept(listener)
-            await self._serve(connection)
+    async def _accept(self, listener: socket.socket) -> None:
+        connection, _ = await asyncio.get_running_loop().sock_accept(listener)
+        await self._serve(connection)
 
-    async def _connect_forever(self) -> None:
-        while True:
-            connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-            try:
-                # A Unix socket connects at once or not at all.
-                connection.setblocking(False)
-                connection.connect(str(self.path))
-            except OSError as error:
-                connection.close()
-                self._trouble = error.with_traceback(None)
-                if isinstance(error, FileNotFoundError):
-                    await appeared(self.path, _LOOK_AGAIN_S)
-                else:
-                    # Nothing tells when somebody begins to listen on a socket.
-                    await asyncio.sleep(_CONNECT_S)
-                continue
-            await self._serve(connection)
+    async def _connect(self) -> None:
+        connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        try:
+            # A Unix socket connects at once or not at all.
+            connection.setblocking(False)
+            connection.connect(str(self.path))
+        except OSError as error:
+            connection.close()
+            self._trouble = error.with_traceback(None)
+            if isinstance(error, FileNotFoundError):
+                await appeared(self.path, _LOOK_AGAIN_S)
+            else:
+                # Nothing tells when somebody begins to listen on a socket.
+                await asyncio.sleep(_CONNECT_S)
+            return
+        await self._serve(connection)
 
     async def _serve(self, connection: socket.socket) -> None:
         """Serve one front-end until it goes, or breaks the protocol."""
-        channel = Channel(connection)
-        self._connection = connection
+        channel = self._begin(connection)
         session = self._session = Session(
             self._pairs, offered_protocol=self._offered_protocol
         )
+        self._applied.ran.clear()
+        self._record["heard"] = self._serial
+        try:
+            self._keep()
+        except OSError:
+            channel.close()
+            self._session = None
+            raise
+        self._log("connected")
+        await self._attend(channel, session, None)
+
+    def _begin(self, connection: socket.socket) -> Channel:
+        self._connection = connection
         self._features_since = 0.0
         self._connected = time.monotonic()
-        self._ran.clear()
-        self._log("connected")
+        return Channel(connection, self._keep_message)
+
+    async def _attend(
+        self, channel: Channel, session: Session, begun: Step | None
+    ) -> None:
+        """Serve a front-end to its end, once what was begun for it is done."""
         try:
+            if begun:
+                await self._do(channel, session, begun)
             await self._converse(channel, session)
         except EOFError:
             self._log("the front-end went away")
@@ -338,30 +395,54 @@ class VhostUserPort:
                 asyncio.get_running_loop().call_later(
                     _MEMORY_DUE_S + 0.1, self._warn_of_missing_memory, session
                 )
-            reply = step.reply
-            try:
-                await unbroken(self._reconcile(session))
-            except (OSError, MemoryError) as error:
-                self._log(f"cannot take what the front-end gave: {error}")
-                if step.nack is None:
-                    raise ProtocolError("cannot go on without it") from error
-                reply = step.nack
-            if step.base is not None:
-                reply = step.base.encode(self._next_index(step.base))
-            for address in session.take_announced():
-                await self._host.announce(self._slot, address)
-            if reply is not None:
+            await self._do(channel, session, step)
+
+    async def _do(self, channel: Channel, session: Session, step: Step) -> None:
+        """Do what a message asks for, then answer it."""
+        reply = step.reply
+        try:
+            await unbroken(self._reconcile(session))
+        except (OSError, MemoryError) as error:
+            self._log(f"cannot take what the front-end gave: {error}")
+            if step.nack is None:
+                raise ProtocolError("cannot go on without it") from error
+            reply = step.nack
+        if step.base is not None:
+            reply = step.base.encode(self._applied.next_index(step.base))
+        for address in session.take_announced():
+            await self._host.announce(self._slot, address)
+        close_fds(session.take_retired())
+        await self._answer(channel, reply or b"")
+        if step.close:
+            raise ProtocolError(step.refused or "the message cannot be answered")
+
+    async def _answer(self, channel: Channel, reply: bytes) -> None:
+        """Be done with a message; the keeper sends the answer where that cannot wait."""
+        if channel.has_room:
+            if not self._keep(reply) and reply:
                 await self._send(channel, reply)
-            close_fds(session.take_retired())
-            if step.close:
-                raise ProtocolError(step.refused or "the message cannot be answered")
+            return
+        self._host.settle()
+        if reply:
+            await self._send(channel, reply)
+        self._keep()
+
+    async def _reconcile(self, session: Session) -> None:
+        await self._applied.reconcile(session)
+        if self._applied.up and session is not self._culprit:
+            self._quarantined = ""
 
     async def _receive(self, channel: Channel) -> Message:
         while True:
+            before = self._serial
             message = channel.receive(time.monotonic())
             if message is not None:
+                self._serial = before + 1  # in pieces, too
+                self._record["heard"] = self._serial
                 return message
             due = channel.deadline_s
+            if due is not None:
+                self._record["heard"] = _IN_PIECES
             timeout = None if due is None else max(0.0, due - time.monotonic())
             try:
                 await asyncio.wait_for(readable(channel.fileno()), timeout)
@@ -378,12 +459,10 @@ class VhostUserPort:
     async def _disconnect(self, session: Session) -> None:
         early = not session.features_known and self._is_new()
         self._left_early = self._left_early + 1 if early else 0
-        packed, running = session.packed, dict(self._running)
-        session.close()
-        await self._reconcile(session)
-        self._left = self._positions(running) if packed else {}
+        await self._applied.leave(session)
         close_fds(session.take_retired())
         self._session = None
+        self._keep()
         await self._host.flush(self._slot, also_static=False)
 
     def _quarantine(self, reason: str) -> None:
@@ -394,241 +473,13 @@ class VhostUserPort:
             with contextlib.suppress(OSError):  # it is gone
                 self._connection.shutdown(socket.SHUT_RDWR)
 
+    @property
+    def _record(self) -> np.void:
+        return cast("np.void", self._host.ports[self._slot])
+
     def _warn_of_missing_memory(self, session: Session) -> None:
         if session is self._session and not session.memory:
             self._log(NOT_SHARED)
-
-    # --- wanted and applied ---
-
-    async def _reconcile(self, session: Session) -> None:
-        served = any(ring.enabled for ring in session.rings)
-        wanted = {
-            ring.index: ring for ring in session.rings if ring.runnable and served
-        }
-        await self._stop_rings(session, wanted)
-        await self._switch_memory(session)
-        await self._replace_calls(wanted)
-        await self._switch_logging(wanted)
-        await self._start_rings(session, wanted)
-        self._publish(session)
-
-    async def _stop_rings(
-        self, session: Session, wanted: dict[int, WantedRing]
-    ) -> None:
-        stale = [
-            index
-            for index, running in self._running.items()
-            if index not in wanted or running.basis != _basis(session, wanted[index])
-        ]
-        if not stale:
-            return
-        self._host.ports[self._slot]["up"] = 0
-        for index in stale:
-            self._ring(index)["state"] = RING_STOPPED
-        await self._host.sync()
-        numbers = []
-        for index in stale:
-            running = self._running.pop(index)
-            numbers += [n for n in (running.kick, running.err) if n != NO_FD]
-            record = self._ring(index)
-            record["kick_fd"] = record["call_fd"] = record["err_fd"] = NO_FD
-            if index in self._calls:
-                numbers.append(self._calls.pop(index)[1])
-        await self._host.uninstall(numbers)
-
-    async def _switch_memory(self, session: Session) -> None:
-        old = [*self._mapped, *_listed(self._log_mapped)]
-        wanted = [*session.memory, *_listed(session.log)]
-        if [_identity(region) for region, _ in old] == [
-            _identity(region) for region in wanted
-        ]:
-            return
-        kept = {_file_part(region): mapping for region, mapping in old}
-        new: list[_Mapped] = []
-        added: list[Mapping] = []
-        try:
-            for region in wanted:
-                mapping = kept.get(_file_part(region))
-                if mapping is None:
-                    mapping = await self._map(region)
-                    added.append(mapping)
-                new.append((region, mapping))
-        except (OSError, MemoryError):
-            await self._host.unmap(added)
-            raise
-        self._log_mapped = new.pop() if session.log else None
-        self._mapped = new
-        self._write_table()
-        await self._host.sync()
-        used = {mapping for _, mapping in [*new, *_listed(self._log_mapped)]}
-        gone = [mapping for _, mapping in old if mapping not in used]
-        if gone:
-            await self._host.unmap(gone)
-
-    async def _map(self, region: WantedRegion) -> Mapping:
-        """Map a region's pages; the region may begin inside its first page."""
-        page = region.block_size
-        begin = region.mmap_offset // page * page
-        end = -(-(region.mmap_offset + region.size) // page) * page
-        where = f"from offset {begin:#x} on"
-        lost = partial(
-            self._quarantine, f"the guest's memory file was truncated {where}"
-        )
-        return await self._host.map(region.fd, end - begin, begin, page, lost)
-
-    def _write_table(self) -> None:
-        """Write the other half of this port's region rows, then name it in one store."""
-        self._table_half = 1 - self._table_half
-        first = (2 * self._slot + self._table_half) * TABLE_ROWS
-        for row, mapped in enumerate(self._mapped, start=first):
-            self._write_row(row, mapped)
-        self._host.regions[first + LOG_ROW]["size"] = 0
-        if self._log_mapped:
-            self._write_row(first + LOG_ROW, self._log_mapped)
-        self._host.ports[self._slot]["regions"] = first << 8 | len(self._mapped)
-
-    def _write_row(self, row: int, mapped: _Mapped) -> None:
-        region, mapping = mapped
-        record = self._host.regions[row]
-        record["gpa"] = _signed(region.gpa)
-        record["size"] = region.size
-        record["addr"] = _address(region, mapping)
-        record["frontend_va"] = _signed(region.frontend_va)
-
-    async def _switch_logging(self, wanted: dict[int, WantedRing]) -> None:
-        """Begin or cease to mark what is written to running rings."""
-        changed = [
-            index
-            for index in self._running
-            if bool(self._ring(index)["logged"]) != wanted[index].logged
-        ]
-        for index in changed:
-            self._write_logging(wanted[index])
-        if changed:
-            await self._host.sync()
-
-    def _write_logging(self, ring: WantedRing) -> None:
-        assert ring.addr is not None  # noqa: S101 (runnable rings have areas)
-        assert ring.areas is not None  # noqa: S101
-        record, table = self._ring(ring.index), ring.areas.desc
-        record["log_used"] = _signed(ring.addr.log)
-        region, _ = self._mapped[table.region]
-        record["log_desc"] = _signed(region.gpa + table.offset)
-        record["logged"] = int(ring.logged)
-
-    async def _replace_calls(self, wanted: dict[int, WantedRing]) -> None:
-        """Put new call descriptors in place of running rings' old ones."""
-        changed = [
-            index
-            for index in self._running
-            if self._calls.get(index, (NO_FD, NO_FD))[0] != wanted[index].call_fd
-        ]
-        if not changed:
-            return
-        old = [self._calls.pop(index)[1] for index in changed if index in self._calls]
-        for index in changed:
-            await self._install_call(index, wanted[index].call_fd)
-        await self._host.sync()
-        await self._host.uninstall(old)
-
-    async def _install_call(self, index: int, fd: int) -> None:
-        number = NO_FD
-        if fd != NO_FD:
-            (number,) = await self._host.install([fd])
-            self._calls[index] = (fd, number)
-        self._ring(index)["call_fd"] = number
-
-    async def _start_rings(
-        self, session: Session, wanted: dict[int, WantedRing]
-    ) -> None:
-        fresh = [ring for index, ring in wanted.items() if index not in self._running]
-        for ring in fresh:
-            await self._prepare_ring(session, ring)
-        for index, ring in wanted.items():
-            self._ring(index)["enabled"] = int(ring.enabled)
-        for ring in fresh:
-            self._ring(ring.index)["state"] = RING_STARTING
-        if fresh:
-            await self._host.sync()
-
-    async def _prepare_ring(self, session: Session, ring: WantedRing) -> None:
-        numbers = []
-        for fd in (ring.kick_fd, ring.err_fd):
-            numbers += await self._host.install([fd]) if fd != NO_FD else [NO_FD]
-        kick, err = numbers
-        basis = _basis(session, ring)
-        base = virtio.PACKED_BASE if ring.base is None else ring.base
-        self._running[ring.index] = _Running(basis, base, kick, err)
-        self._ran.add(ring.index)
-        assert ring.areas is not None  # noqa: S101 (runnable rings have areas)
-        record = self._ring(ring.index)
-        record["owner"] = self._host.owner_for(self._slot, ring.index // 2)
-        record["shared"] = int(self._host.several)
-        record["size"] = ring.num
-        record["header_len"] = session.header_len
-        record["features"] = session.features or 0
-        for part in ("desc", "avail", "used"):
-            place = getattr(ring.areas, part)
-            region, mapping = self._mapped[place.region]
-            record[part] = _address(region, mapping) + place.offset
-        self._write_logging(ring)
-        record["lock"] = 0
-        record["packed"] = int(session.packed)
-        record["next_avail"] = self._position(ring.index)
-        record["signalled_used"] = base
-        record["kick_fd"], record["err_fd"] = kick, err
-        await self._install_call(ring.index, ring.call_fd)
-
-    def _positions(self, running: dict[int, _Running]) -> dict[int, _Left]:
-        """Where packed rings stand that were stopped because the front-end is gone."""
-        return {
-            index: _Left(
-                basis.places, basis.num, base, int(self._ring(index)["next_used"])
-            )
-            for index, (basis, base, _, _) in running.items()
-        }
-
-    def _position(self, index: int) -> int:
-        """Where to take up a packed ring: its base, unless we know better.
-
-        A front-end that lost us does not know how far we came, and says again what it
-        said at the ring's start.
-        """
-        basis, base, _, _ = self._running[index]
-        left = self._left.pop(index, None)
-        if left and left[:3] == (basis.places, basis.num, base):
-            return left.position
-        return base
-
-    def _publish(self, session: Session) -> None:
-        """Say whether frames may flow, and into how many queue pairs."""
-        runs = [
-            index in self._running and session.rings[index].enabled
-            for index in range(len(session.rings))
-        ]
-        pairs = 0
-        while pairs < self._pairs and runs[2 * pairs + TX]:
-            pairs += 1
-        record = self._host.ports[self._slot]
-        mtu = session.mtu
-        record["max_frame"] = MAX_FRAME if mtu is None else mtu + _ETHERNET_AND_TAG
-        record["pairs"] = pairs
-        record["offloads"] = (session.features or 0) & RECEIVER
-        record["up"] = int(pairs > 0 and any(runs[RX::2]))
-        if record["up"] and session is not self._culprit:
-            self._quarantined = ""
-
-    def _next_index(self, stopped: BaseReply) -> int:
-        """Next available index of a ring that was stopped: what it has consumed."""
-        if stopped.index not in self._ran:
-            return stopped.fallback
-        return int(self._ring(stopped.index)["next_used"])
-
-    def _number(self, index: int) -> int:
-        return self._slot * RINGS_PER_PORT + index
-
-    def _ring(self, index: int) -> np.void:
-        return cast("np.void", self._host.rings[self._number(index)])
 
     def _log(self, text: str) -> None:
         """Log a line; of a storm of lines (a reconnect loop) the first, then how many."""
@@ -647,34 +498,3 @@ class VhostUserPort:
         left_out = self._logged - _LOG_LINES
         _log.info("port %s: %d lines left out", self.name, left_out)
         self._log_window, self._logged = time.monotonic(), 0
-
-
-def _basis(session: Session, ring: WantedRing) -> _Basis:
-    assert ring.areas is not None  # noqa: S101 (runnable rings have areas)
-    places = tuple(
-        (_file_part(session.memory[place.region]), place.offset) for place in ring.areas
-    )
-    features = (session.features or 0) & ~virtio.F_LOG_ALL
-    return _Basis(places, ring.num, features, ring.kick_fd, ring.err_fd)
-
-
-def _listed(thing: _Thing | None) -> list[_Thing]:
-    return [] if thing is None else [thing]
-
-
-def _identity(region: WantedRegion) -> tuple[int, ...]:
-    return (region.gpa, region.frontend_va, *_file_part(region))
-
-
-def _file_part(region: WantedRegion) -> tuple[int, ...]:
-    return (region.device, region.inode, region.mmap_offset, region.size)
-
-
-def _address(region: WantedRegion, mapping: Mapping) -> int:
-    """Where a region's first byte is mapped."""
-    return mapping.addr + region.mmap_offset - mapping.offset
-
-
-def _signed(word: int) -> int:
-    """A 64-bit address as the records hold it."""
-    return word - (1 << 64) if word >= 1 << 63 else word

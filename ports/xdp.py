@@ -23,7 +23,7 @@ import contextlib
 import errno
 import socket
 from collections.abc import Sequence
-from typing import Final, NamedTuple
+from typing import Any, Final, NamedTuple
 
 from ports import bpf, ethtool, xdp_program
 from ports.base import KIND_XDP, MAX_PAIRS
@@ -110,6 +110,7 @@ class XdpPort(InterfacePort):
         except OSError as error:
             cannot = f"cannot attach to interface {self.interface}"
             raise PortError(f"{cannot}: {self._why(error)}") from error
+        self._keep_open()
         self._note_link()
         record = self._host.ports[self._slot]
         record["kind"], record["pairs"] = KIND_XDP, min(self._queues)
@@ -127,6 +128,17 @@ class XdpPort(InterfacePort):
                 "shared": int(self._host.several),
             }
             self._start(pair, fields)
+
+    def _keep_open(self) -> None:
+        """Let the program, and that the interface is promiscuous, outlive us."""
+        words = {"switched_off": [[n, *setting] for n, setting in self._switched_off]}
+        fds = [self._program.fileno()] if self._program else []
+        fds += [self._listener.fileno()] if self._listener else []
+        self._host.keep(self._slot, words, fds)
+
+    def _inherit(self, kept: dict[str, Any]) -> None:
+        settings = kept.get("switched_off", [])
+        self._switched_off = [(n, Setting(*setting)) for n, *setting in settings]
 
     async def _serve(self, program: Program, link: Link, number: int) -> None:
         """Make a socket for a queue, have it mapped, and give frames to it."""
@@ -153,6 +165,7 @@ class XdpPort(InterfacePort):
             with contextlib.suppress(OSError):  # the interface is gone
                 ethtool.switch_on(index, setting)
         self._switched_off = []
+        self._keep_open()
         if self._listener:
             self._listener.close()
             self._listener = None

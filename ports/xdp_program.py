@@ -128,6 +128,10 @@ class Program:
             except OSError:  # the first error tells more
                 raise PortError(cannot) from error
 
+    def fileno(self) -> int:
+        """The descriptor that the program stays on the interface by."""
+        return self._link
+
     def serve(self, queue: int, sock: int) -> None:
         """Give a queue's frames to a socket. Raises OSError."""
         bpf.write(self._maps[0], queue, sock)

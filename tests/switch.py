@@ -1,5 +1,6 @@
 """A real switch for a test: its manager and workers, asked over the control socket."""
 
+import contextlib
 import os
 import shutil
 import signal
@@ -12,7 +13,7 @@ from pathlib import Path
 
 import msgpack
 
-from vswitch import privileges, shared
+from vswitch import orphans, privileges, shared
 
 DEFAULTS = ("--workers", "1", "--spares", "1", "--poll", "adaptive")
 
@@ -98,7 +99,26 @@ class Switch:
         return self.wait_ended()
 
     def kill(self):
+        """End the manager without warning; its workers and its keeper go on."""
         self._process.kill()
+
+    def kill_with_keeper(self):
+        """End all that a kill can end; the workers see it and end as well."""
+        keeper = self.keeper_pid()
+        os.kill(self.pid, signal.SIGSTOP)  # or it would start another
+        for pid in (keeper, self.pid):
+            os.kill(pid, signal.SIGKILL)
+        self.wait_ended()
+
+    def keeper_pid(self):
+        """The keeper's, or 0."""
+        arguments = [b"vswitch.keeper", os.fsencode(self.run_dir)]
+        for path in Path("/proc").glob("[0-9]*/cmdline"):
+            with contextlib.suppress(OSError):  # it has ended
+                words = path.read_bytes().split(b"\0")
+                if words[2:3] + words[4:5] == arguments:
+                    return int(path.parent.name)
+        return 0
 
     def close(self):
         """End it however it goes, and remove what a killed one leaves."""
@@ -109,9 +129,9 @@ class Switch:
             try:
                 self.wait_ended()
             except subprocess.TimeoutExpired:
-                self._process.kill()  # its workers see that and end
+                self._process.kill()
                 self.wait_ended()
-        shared.remove(self.run_dir)
+        orphans.end(self.run_dir)
 
     # --- questions ---
 

@@ -98,6 +98,12 @@ def test_the_control_side_does_not_load_numba(module):
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT, timeout=60)
 
 
+def test_commands_do_not_wait_for_numpy():
+    """It takes longer to load than most commands to run."""
+    code = "import sys, vswitch.cli; sys.exit('numpy' in sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT, timeout=60)
+
+
 def test_jitted_code_never_raises_or_formats():
     offenders = []
     for name, path in modules():

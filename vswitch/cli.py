@@ -177,6 +177,11 @@ def _say_up(ready: dict[str, Any], seconds: float) -> None:
         f"pid {ready['pid']}",
     ]
     print(f"up in {seconds:.1f} s: {', '.join(parts)}")
+    if ready["adopted"]:
+        print("the manager before was killed; its workers and guests went on")
+    if ready["why_anew"]:
+        text = f"warning: workers of a killed manager were ended: {ready['why_anew']}"
+        print(f"{text}; guests connect anew", file=sys.stderr)
     restored = ready["restored"]
     if restored["ports"] or restored["addresses"]:
         ports = _plural(restored["ports"], "port")
@@ -200,6 +205,9 @@ def down(
     """
     run_dir = rundir.choose(context.obj)
     pid = rundir.holder(run_dir)
+    if pid is None and (count := _end_orphans(run_dir, keep=keep)):
+        print(f"down: {_plural(count, 'worker')} had gone on without a manager")
+        return
     if pid is None:
         text, advice = f"no manager in {run_dir}", "start it with: vswitch up"
         if (left := run_dir / rundir.STATE).exists():
@@ -215,6 +223,17 @@ def down(
     finally:
         os.close(process)
     print("down")
+
+
+def _end_orphans(run_dir: Path, *, keep: bool) -> int:
+    """End what a killed manager has left at work; how many workers that were."""
+    if not (run_dir / rundir.KEEPER).exists():
+        return 0
+    # Brings NumPy, which takes longer than most commands.
+    from vswitch import orphans  # noqa: PLC0415
+
+    with rundir.hold(run_dir):
+        return orphans.end(run_dir, keep=keep)
 
 
 def _ask_to_end(run_dir: Path, process: int, *, keep: bool) -> None:

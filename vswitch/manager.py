@@ -3,7 +3,8 @@
     python -m vswitch.manager --run-dir DIR ... [--status-fd FD]
 
 It makes the segment, starts the workers, brings back what was set when a run before it was
-killed, serves commands on the control socket and holds the ports. Whoever started it reads
+killed, serves commands on the control socket and holds the ports. Where the workers of that
+run are still at work, it goes on with them. Whoever started it reads
 progress and the outcome of the start from the status descriptor; without one they go to
 the log. SIGTERM, SIGINT and the command `down` end everything and leave nothing behind but
 the log, and what is set if `down` says so.
@@ -19,25 +20,23 @@ import signal
 import sys
 from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, NoReturn
 
 import msgpack
 
-from ports.errors import PortError
-from ports.vhost.sockets import remove_stale
-from vswitch import __version__, privileges, snapshot
+from vswitch import __version__, orphans, privileges, snapshot
 from vswitch import shared as segment
 from vswitch.control import rundir, state
 from vswitch.control.config import NOTHING
 from vswitch.errors import VswitchError
+from vswitch.kept import Kept
 from vswitch.options import check_options, parse_options, under
-from vswitch.plan import NumberPlan
+from vswitch.plan import MOST_FILES, NumberPlan
 from vswitch.portbook import PortBook
 from vswitch.server import Arguments, Commands, ControlServer
 from vswitch.settings import Restored, Settings
 from vswitch.workers import Options, Workers
 
-_MOST_FILES: Final = 65536
 _SAMPLE_S: Final = 1.0
 _LONGEST_LOG: Final = 8 << 20
 
@@ -76,13 +75,16 @@ class Manager:
         Raises:
             VswitchError: The switch cannot start.
         """
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+            loop.add_signal_handler(number, self._done.set)
+        self._most_files = _raise_file_limit()  # the keeper's, too
         with rundir.hold(self._run_dir):
             _trim_log(self._run_dir)
             self._before = state.read(self._run_dir) or NOTHING
             self._options = under(self._options, self._before.switch)
             check_options(self._options)
-            _remove_leftovers(self._run_dir)
-            self._make_segment()
+            self._find_or_make()
             try:
                 await self._start_and_serve()
             finally:
@@ -90,17 +92,28 @@ class Manager:
                 for leaf in (rundir.CONTROL, rundir.MADE):
                     (self._run_dir / leaf).unlink(missing_ok=True)
 
-    def _make_segment(self) -> None:
+    def _find_or_make(self) -> None:
+        """Go on with the segment and the keeper of a killed manager, or have our own."""
         options = self._options
-        self._shared = segment.create(self._run_dir, options.workers)
+        kept, shared, self._why_anew = orphans.adopt(self._run_dir, options)
+        self._adopted = kept is not None
+        self._leaves = self._adopted  # a start that fails changes nothing
+        if kept and shared:
+            self._kept, self._shared = kept, shared
+        else:
+            if self._why_anew:
+                _log.warning("starting anew: %s", self._why_anew)
+            orphans.remove_leftovers(self._run_dir)
+            self._kept = Kept(self._run_dir)
+            self._kept.start()
+            self._shared = segment.create(self._run_dir, options.workers)
+            words = orphans.describe(options)
+            self._kept.keep("switch", "options", words, [])
         header = self._shared.header[0]
         header["ageing_s"] = options.ageing
         header["forward_reserved"] = int(options.forward_reserved)
 
     async def _start_and_serve(self) -> None:
-        loop = asyncio.get_running_loop()
-        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
-            loop.add_signal_handler(number, self._done.set)
         options = self._options
         self._workers = Workers(
             self._shared,
@@ -112,18 +125,24 @@ class Manager:
                 options.poll,
                 options.idle_us,
             ),
-            NumberPlan(_raise_file_limit()),
+            NumberPlan(self._most_files),
+            self._kept,
             lambda done, total: self._report({"progress": [done, total]}),
         )
         self._ports = PortBook(
-            self._shared, self._workers, options.socket_group, options.socket_mode
+            self._shared,
+            self._workers,
+            self._kept,
+            options.socket_group,
+            options.socket_mode,
         )
         self._settings = Settings(
             self._run_dir, self._ports, self._workers, options.said
         )
         self._usage = snapshot.Usage(self._shared)
         try:
-            starting = asyncio.create_task(self._workers.start())
+            begin = self._workers.adopt if self._adopted else self._workers.start
+            starting = asyncio.create_task(begin())
             await _first_of(starting, self._done.wait())
             if self._done.is_set():
                 starting.cancel()
@@ -131,20 +150,35 @@ class Manager:
                 await starting
                 restored = await self._settings.restore(options.file, self._before)
                 await self._serve(restored)
+        except VswitchError as error:
+            if not self._leaves:
+                raise
+            self._report({"error": {"code": error.code, "message": str(error)}})
+            _leave(error.code)
         finally:
+            if self._leaves:
+                _leave(0)
             await self._ports.close()
             await self._workers.stop()
+            self._kept.end()
             _log.info("down")
 
     async def _serve(self, restored: Restored) -> None:
         self._keeps = self._done.is_set()  # a start that was broken off changes nothing
+        self._leaves = self._keeps and self._adopted
+        self._kept.watch()
         server = ControlServer(self._run_dir / rundir.CONTROL, self._commands)
         await server.start()
         chores = [
             asyncio.create_task(self._sample_forever()),
             asyncio.create_task(self._settings.retry_forever()),
         ]
-        ready = {"pid": os.getpid(), "restored": restored._asdict()}
+        ready = {
+            "pid": os.getpid(),
+            "restored": restored._asdict(),
+            "adopted": self._adopted,
+            "why_anew": self._why_anew,
+        }
         self._report({"ready": ready | self._describe()})
         _log.info("up pid=%d workers=%d", os.getpid(), self._options.workers)
         try:
@@ -228,27 +262,10 @@ class Manager:
         return {"flushed": await self._workers.flush(slot, also_static=False)}
 
 
-def _remove_leftovers(run_dir: Path) -> None:
-    """Remove what a killed manager of this run directory left: sockets and memory.
-
-    Its workers ended with it, its taps too. The files it made outside the run directory
-    are listed in `made`; one that somebody listens on again is not ours any more.
-    """
-    (run_dir / rundir.CONTROL).unlink(missing_ok=True)
-    made = run_dir / rundir.MADE
-    for line in made.read_text().splitlines() if made.exists() else []:
-        with contextlib.suppress(PortError, OSError):
-            remove_stale(Path(line))
-            _log.info("removed the stale socket %s", line)
-    made.unlink(missing_ok=True)
-    if segment.remove(run_dir):
-        _log.info("removed the shared memory of a run that was killed")
-
-
 def _raise_file_limit() -> int:
     """Allow as many descriptors as we may have; workers inherit it."""
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    limit = min(hard, _MOST_FILES) if hard != resource.RLIM_INFINITY else _MOST_FILES
+    limit = min(hard, MOST_FILES) if hard != resource.RLIM_INFINITY else MOST_FILES
     resource.setrlimit(resource.RLIMIT_NOFILE, (limit, hard))
     return limit
 
@@ -259,6 +276,12 @@ async def _first_of(*work: Awaitable[Any]) -> None:
     await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
     for task in tasks[1:]:
         task.cancel()
+
+
+def _leave(code: int) -> NoReturn:
+    """End as a kill would end us: our successor finds everything at work."""
+    logging.shutdown()
+    os._exit(code)
 
 
 def _trim_log(run_dir: Path) -> None:

@@ -1,6 +1,7 @@
 """A port that is wanted and could not be opened: shown with the reason, tried again."""
 
 from collections.abc import Sequence
+from typing import Any
 
 from ports.host import NO_CHOICE, State
 
@@ -18,6 +19,9 @@ class MissingPort:
         self.reason = reason
 
     async def open(self) -> None:
+        """Do nothing."""
+
+    async def resume(self, _kept: dict[str, Any], _fds: Sequence[int]) -> None:
         """Do nothing."""
 
     async def close(self) -> None:

@@ -12,8 +12,9 @@ from typing import Final
 _TIB: Final = 1 << 40
 # Clear of executables, heaps and libraries, which live at the ends of the 128 TiB.
 _FIRST_ADDR: Final = 16 * _TIB
-_END_ADDR: Final = 80 * _TIB
+END_ADDR: Final = 80 * _TIB
 _HUGE_PAGE: Final = 1 << 21
+MOST_FILES: Final = 65536  # of a process
 # Clear of what a worker opens itself.
 FIRST_NUMBER: Final = 512
 
@@ -32,7 +33,7 @@ class AddressPlan:
         """
         alignment = max(alignment, _HUGE_PAGE)
         begin = _FIRST_ADDR
-        for taken_begin, taken_end in [*self._taken, (_END_ADDR, _END_ADDR)]:
+        for taken_begin, taken_end in [*self._taken, (END_ADDR, END_ADDR)]:
             begin = -(-begin // alignment) * alignment
             if begin + length <= taken_begin:
                 bisect.insort(self._taken, (begin, begin + length))
@@ -40,6 +41,10 @@ class AddressPlan:
             begin = max(begin, taken_end)
         message = f"no room for {length} bytes of guest memory (remove a port)"
         raise MemoryError(message)
+
+    def occupy(self, begin: int, end: int) -> None:
+        """Take a range that is in use already; `give_back` frees it as a whole."""
+        bisect.insort(self._taken, (begin, end))
 
     def give_back(self, addr: int) -> None:
         """Free a reservation; nobody may have it mapped any more."""
@@ -71,6 +76,11 @@ class NumberPlan:
             raise OSError(message)
         self._next += 1
         return self._next - 1
+
+    def occupy(self, begin: int, end: int) -> None:
+        """Take a range of numbers that is in use already, before any other was taken."""
+        self._free = list(range(self._next, begin))  # sorted, so a heap
+        self._next = end
 
     def give_back(self, number: int) -> None:
         """Free a number; every worker has closed it."""

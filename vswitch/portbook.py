@@ -2,12 +2,13 @@
 
 import contextlib
 import logging
+import os
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Final, Protocol
 
-from ports.base import MAX_PAIRS, MAX_PORTS, NO_FD, RINGS_PER_PORT
+from ports.base import MAX_PAIRS, MAX_PORTS, NO_FD, RING_STOPPED, RINGS_PER_PORT
 from ports.errors import PortError
 from ports.eth import EthPort
 from ports.host import Backend, State
@@ -19,6 +20,7 @@ from ports.xdp import XdpPort
 from vswitch.control import endpoint
 from vswitch.control.endpoint import Endpoint
 from vswitch.errors import ConfigError, VswitchError
+from vswitch.kept import Item, Kept
 from vswitch.missing import MissingPort
 from vswitch.records import Shared
 from vswitch.workers import Workers
@@ -43,6 +45,12 @@ class Port(Protocol):
 
     async def open(self) -> None:
         """Begin. Raises PortError."""
+
+    async def resume(self, kept: Arguments, fds: Sequence[int]) -> None:
+        """Begin with what a manager that was killed has kept of it; `fds` are its own.
+
+        Raises PortError.
+        """
 
     async def close(self) -> None:
         """End, and give everything back."""
@@ -96,14 +104,21 @@ class PortBook:
     """All ports of a switch. One is added or removed at a time; that is the caller's."""
 
     def __init__(
-        self, shared: Shared, workers: Workers, socket_group: str, socket_mode: str
+        self,
+        shared: Shared,
+        workers: Workers,
+        kept: Kept,
+        socket_group: str,
+        socket_mode: str,
     ) -> None:
         """Begin with none; for sockets of ports that do not say who may connect."""
         self._shared = shared
         self._workers = workers
+        self._kept = kept
         self._sockets = {"socket_group": socket_group, "socket_mode": socket_mode}
         self._entries: dict[str, Entry] = {}
         self._missing: dict[str, Entry] = {}
+        self._taken_before: dict[str, int] = {}  # slots of uplinks to be opened again
         workers.report_faults(self._note_fault)
 
     def __iter__(self) -> Iterator[Entry]:
@@ -151,13 +166,17 @@ class PortBook:
         present = self._present(name, leads_to, mode, backend)
         if present is not None:
             return present, False
-        slot = self._free_slot()
+        slot = self._taken_before.pop(name, None)
+        if slot is None:
+            slot = self._free_slot()
+            self._clear(slot)
         try:
             chosen = {"mode": mode, "backend": backend}
             port = self._make(slot, name, leads_to, wanted | chosen)
-            await _open(port)
+            self._kept.keep("slot", name, {"slot": slot, "wanted": wanted}, [])
+            await _open(port, self._inherit(slot))
         except (PortError, OSError, MemoryError) as error:
-            self._clear(slot)
+            self._give_up(name, slot)
             raise VswitchError(f"port {name}: {error}") from error
         entry = self._entries[name] = Entry(slot, leads_to, port)
         self._missing.pop(name, None)
@@ -174,6 +193,62 @@ class PortBook:
         entry = self._missing.setdefault(port.name, Entry(_NO_SLOT, leads_to, port))
         entry.port = port
 
+    async def resume(self, ports: Sequence[Arguments]) -> None:
+        """Go on with the ports of a manager that was killed, if they are wanted still.
+
+        Guests are resumed at once. An uplink's rings are stopped, and it finds its slot,
+        and what was kept of it, when it is added.
+        """
+        before = self._kept.items("slot")
+        wanted = {words["name"]: words for words in ports}
+        for name, item in before.items():
+            slot = int(item.words["slot"])
+            if item.words["wanted"] != wanted.get(name):
+                continue
+            if not await self._resume_guest(slot, wanted[name]):
+                self._taken_before[name] = slot
+        for name, item in before.items():
+            if name not in self._entries:
+                self._stop_rings(int(item.words["slot"]))
+        await self._workers.sync()
+        await self._workers.shed()
+        for name, item in before.items():
+            if name not in self._entries and name not in self._taken_before:
+                await self._workers.flush(int(item.words["slot"]), also_static=True)
+                self._give_up(name, int(item.words["slot"]))
+
+    async def _resume_guest(self, slot: int, wanted: Arguments) -> bool:
+        leads_to = endpoint.parse(wanted["endpoint"], Path("/"))
+        name = wanted["name"]
+        if leads_to.kind != endpoint.VHOST:
+            return False
+        state = self._inherit(slot)
+        if state is None:
+            return False
+        full = {"mode": "server", "backend": AUTO} | wanted
+        try:
+            port = self._make(slot, name, leads_to, full)
+            await _open(port, state)
+        except (PortError, OSError, MemoryError) as error:
+            _log.warning("port %s: cannot go on: %s", name, error)
+            return False
+        self._entries[name] = Entry(slot, leads_to, port)
+        return True
+
+    def _inherit(self, slot: int) -> Item | None:
+        """What was kept of the port of a slot, with descriptors of the caller's own."""
+        item = self._kept.items("port").get(str(slot))
+        if item is None:
+            return None
+        message = self._kept.items("message").get(str(slot), Item({}, ()))
+        fds = tuple(os.dup(fd) for fd in (*item.fds, *message.fds))
+        return Item(item.words | {"message": message.words}, fds)
+
+    def _stop_rings(self, slot: int) -> None:
+        self._shared.ports[slot]["up"] = 0
+        first = slot * RINGS_PER_PORT
+        self._shared.rings[first : first + RINGS_PER_PORT]["state"] = RING_STOPPED
+
     async def remove(self, name: str) -> None:
         """Close a port and forget what was behind it.
 
@@ -186,7 +261,7 @@ class PortBook:
         await entry.port.close()
         await self._workers.flush(entry.slot, also_static=True)
         del self._entries[name]
-        self._clear(entry.slot)
+        self._give_up(name, entry.slot)
         _log.info("port %s: removed", name)
 
     async def close(self) -> None:
@@ -242,7 +317,6 @@ class PortBook:
         guest = leads_to.kind == endpoint.VHOST
         limit = _GUEST_ADDRESSES if guest else _UPLINK_ADDRESSES
         addresses = _number(wanted, "max_addresses", limit, _UPLINK_ADDRESSES)
-        self._clear(slot)
         self._shared.ports[slot]["max_addresses"] = addresses
         header = self._shared.header[0]
         header["port_slots"] = max(int(header["port_slots"]), slot + 1)
@@ -279,12 +353,20 @@ class PortBook:
         return access(**self._sockets | own)
 
     def _free_slot(self) -> int:
-        taken = set(self.slots.values())
+        taken = {*self.slots.values(), *self._taken_before.values()}
         for slot in range(MAX_PORTS):
             if slot not in taken:
                 return slot
         message = f"cannot add a port: all {MAX_PORTS} are in use (remove one)"
         raise VswitchError(message)
+
+    def _give_up(self, name: str, slot: int) -> None:
+        """Free a slot of which no worker uses anything."""
+        self._clear(slot)
+        self._kept.drop("slot", name)
+        self._kept.drop("port", slot)
+        self._kept.drop("message", slot)
+        self._kept.settle()  # a tap is gone when its last descriptor is
 
     def _clear(self, slot: int) -> None:
         """Wipe a slot that no worker uses."""
@@ -314,10 +396,13 @@ def _check_backend(backend: str, leads_to: Endpoint) -> None:
         raise ConfigError(f"{text}: only a tap has a choice (leave it out)")
 
 
-async def _open(port: Port) -> None:
+async def _open(port: Port, kept: Item | None) -> None:
     """Open a port; one that cannot be is closed again."""
     try:
-        await port.open()
+        if kept:
+            await port.resume(kept.words, kept.fds)
+        else:
+            await port.open()
     except BaseException:
         await port.close()
         raise

@@ -2,9 +2,9 @@
 
 import hashlib
 import shlex
+from html import escape
 from pathlib import Path
 from typing import Final
-from xml.sax.saxutils import quoteattr
 
 _SIZE: Final = "1G"
 
@@ -61,7 +61,7 @@ def libvirt_text(name: str, path: Path, mode: str, queues: int) -> str:
     """The same for a domain's XML."""
     theirs = "server" if mode == "client" else "client"
     reconnect = "<reconnect enabled='yes' timeout='1'/>"
-    source = f"<source type='unix' path={quoteattr(str(path))} mode='{theirs}'"
+    source = f"<source type='unix' path=\"{escape(str(path))}\" mode='{theirs}'"
     source += f">{reconnect}</source>" if theirs == "client" else "/>"
     driver = f"\n  <driver queues='{queues}'/>" if queues > 1 else ""
     return f"""\

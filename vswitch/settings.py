@@ -7,12 +7,15 @@ and tried again, and its addresses stay in the file.
 """
 
 import asyncio
+import contextlib
 import logging
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Final, NamedTuple
 
 from ports.aio import unbroken
+from ports.errors import PortError
+from ports.vhost.sockets import remove_stale
 from vswitch.control import config, endpoint, rundir, state
 from vswitch.control.config import Config, Words
 from vswitch.control.mac import format_mac, parse_key
@@ -120,13 +123,17 @@ class Settings:
         self._addresses = _by_key(before.fdb) | _by_key(file.fdb)
         known = {port["name"] for port in before.ports}
         async with self._changing:
+            await self._book.resume(list(self._ports.values()))
             for name, words in self._ports.items():
                 try:
-                    await self._open(words)
+                    _, added = await self._open(words)
+                    if not added:  # a killed manager's, maybe about to remove it
+                        await self._pin_all(name)
                 except VswitchError as error:
                     if name not in known:
                         raise
                     self._miss(words, error)
+            self._remove_unanswered()
             troubles = [
                 f"port {entry.port.name}: {entry.port.state().reason}"
                 for entry in self._book.missing
@@ -158,12 +165,17 @@ class Settings:
     async def _open(self, words: Words) -> tuple[Entry, bool]:
         self._note_made(words)
         entry, added = await self._book.add(words)
-        for key in self._pinned_to(words["name"]) if added else ():
+        if added:
+            await self._pin_all(words["name"])
+        return entry, added
+
+    async def _pin_all(self, name: str) -> None:
+        """Pin what is pinned to a port."""
+        for key in self._pinned_to(name):
             try:
-                await self._pin(key, words["name"])
+                await self._pin(key, name)
             except VswitchError as error:  # the table is hashed anew in each run
                 _log.warning("%s", error)
-        return entry, added
 
     def _miss(self, words: Words, error: VswitchError) -> None:
         reason = str(error).removeprefix(f"port {words['name']}: ")
@@ -193,6 +205,17 @@ class Settings:
         # A disk may take its time, and front-ends wait for our answers.
         await asyncio.to_thread(state.write, self._run_dir, text)
         self._written = text
+
+    def _remove_unanswered(self) -> None:
+        """Remove a socket that was made for a port before it was kept that there is one."""
+        paths = [
+            endpoint.parse(p["endpoint"], Path("/")).rest for p in self._ports.values()
+        ]
+        made = self._run_dir / rundir.MADE
+        for line in made.read_text().splitlines() if made.exists() else []:
+            if line not in paths:
+                with contextlib.suppress(PortError, OSError):
+                    remove_stale(Path(line))
 
     def _note_made(self, words: Words) -> None:
         """Remember a socket file outside the run directory, should we be killed."""

@@ -23,7 +23,7 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, Final
 
@@ -72,7 +72,8 @@ class Worker:
         self._ctx, self._keep = loop.make_context(self._shared, number)
         self._polled = np.zeros(0, np.int64)
         self._watched: set[int] = set()
-        self._mapped: dict[int, int] = {}  # address: length
+        self._mapped: dict[int, tuple[int, int]] = {}  # address: length, fd number
+        self._numbers: set[int] = set()  # of descriptors, beside those of mappings
         self._lost: list[int] = []  # mappings that zeroes took the place of
         self._keep_handler = native.catch_bus_errors(self._replace)
         self._uring: Uring | None = None
@@ -83,7 +84,7 @@ class Worker:
         self._next_bucket = 0
         self._send_lock = threading.Lock()
         self._turn_cycles = 1
-        self._handlers: dict[str, Callable[..., int | None]] = {
+        self._handlers: dict[str, Callable[..., object]] = {
             "map": self._map,
             "unmap": self._unmap,
             "fds": self._take_fds,
@@ -91,6 +92,8 @@ class Worker:
             "sync": self._sync,
             "fdb": self._change_fdb,
             "inject": self._inject,
+            "span": self._span,
+            "shed": self._shed,
         }
 
     def warm_up(self) -> None:
@@ -193,7 +196,7 @@ class Worker:
         Runs in the middle of a turn, instead of our death; the turn goes on with a
         ring that makes no sense, which it can.
         """
-        for begin, length in self._mapped.items():
+        for begin, (length, _) in self._mapped.items():
             if begin <= addr < begin + length:
                 self._lost.append(begin)
                 return native.replace_by_zeroes(begin, length) == 0
@@ -215,7 +218,7 @@ class Worker:
                 native.replace_by_zeroes(addr, length)
             if failed:
                 return failed
-            self._mapped[addr] = length
+            self._mapped[addr] = length, number
         return 0
 
     def _unmap(self, seq: int, mappings: list[list[int]]) -> None:
@@ -235,13 +238,35 @@ class Worker:
         for number, fd in zip(numbers, fds, strict=True):
             os.dup2(fd, number, inheritable=False)
             os.close(fd)
+            self._numbers.add(number)
         return 0
 
-    def _close_fds(self, _seq: int, numbers: list[int]) -> int:
+    def _close_fds(self, _seq: int, numbers: Iterable[int]) -> int:
         for number in numbers:
             self._unwatch(number)
+            self._numbers.discard(number)
             os.close(number)
         return 0
+
+    # --- what a manager asks for that has found us at work ---
+
+    def _span(self, _seq: int) -> list[int]:
+        """Where our mappings and our numbers begin and end; zeroes where there are none."""
+        ends = [addr + length for addr, (length, _) in self._mapped.items()]
+        numbers = self._numbers | {number for _, number in self._mapped.values()}
+        span = [min(self._mapped, default=0), max(ends, default=0)]
+        return [*span, min(numbers, default=0), max(numbers, default=-1) + 1]
+
+    def _shed(self, seq: int, span: list[int]) -> None:
+        """Give up what we had from a manager before; all that we use is new."""
+        low, high, first, end = span
+        self._close_fds(seq, [n for n in self._numbers if first <= n < end])
+        mappings = [
+            [addr, length, number]
+            for addr, (length, number) in self._mapped.items()
+            if low <= addr < high
+        ]
+        self._unmap(seq, mappings)
 
     def _sync(self, _seq: int, dead: int) -> int:
         if self._no_uring and self._is_uring_asked_for():

@@ -19,6 +19,7 @@ import os
 import signal
 import socket
 import sys
+import time
 from collections import deque
 from collections.abc import Callable, Coroutine, Iterable, Sequence
 from dataclasses import dataclass, field
@@ -32,17 +33,20 @@ from numpy.typing import NDArray
 from ports import cache
 from ports.aio import readable as _readable
 from ports.base import RING_STOPPED, RINGS_PER_PORT, RX
-from ports.host import Mapping, nothing
+from ports.host import Answer, Mapping, nothing
 from vswitch import lifeline, rarp, watch
 from vswitch.control import protocol
 from vswitch.errors import VswitchError
-from vswitch.plan import AddressPlan, NumberPlan
+from vswitch.kept import Item, Kept, is_readable
+from vswitch.plan import END_ADDR, MOST_FILES, AddressPlan, NumberPlan
 from vswitch.records import (
     FDB_BUCKETS,
     MAX_WORKERS,
     ROLE_ACTIVE,
     ROLE_SPARE,
     WORKER_NONE,
+    WORKER_POLLING,
+    WORKER_SLEEPING,
     WORKER_STARTING,
     Shared,
 )
@@ -57,6 +61,7 @@ _FIRST_BACKOFF_S: Final = 0.05
 _LAST_BACKOFF_S: Final = 5.0
 _HEALTHY_S: Final = 10.0
 NOBODY: Final = -1
+_AT_WORK: Final = frozenset({WORKER_POLLING, WORKER_SLEEPING})
 _COMPILER: Final = MAX_WORKERS - 1  # the number of the worker that only compiles
 
 _log = logging.getLogger(__name__)
@@ -94,13 +99,13 @@ class _Process:
     hangs: bool = False  # found so, and killed
     ending: bool = False  # because we asked
     outbox: deque[tuple[list[Any], tuple[int, ...]]] = field(default_factory=deque)
-    due: dict[int, asyncio.Future[int]] = field(default_factory=dict)
+    due: dict[int, asyncio.Future[Any]] = field(default_factory=dict)
 
-    def is_to_blame(self, code: int) -> bool:
+    def is_to_blame(self, code: int | None) -> bool:
         """Whether it ended by what it was at, and not by what somebody did to it."""
         if self.hangs:
             return not self.account.is_stopped
-        return -code in _OWN_FAULTS
+        return code is not None and -code in _OWN_FAULTS
 
 
 class Workers:
@@ -112,6 +117,7 @@ class Workers:
         run_dir: Path,
         options: Options,
         numbers: NumberPlan,
+        kept: Kept,
         on_progress: Callable[[int, int], None],
     ) -> None:
         self._shared = shared
@@ -122,6 +128,8 @@ class Workers:
         self._processes: dict[int, _Process] = {}
         self._addresses = AddressPlan()
         self._numbers = numbers
+        self._kept = kept
+        self._span: list[int] | None = None  # what workers have of a manager before us
         self._mappings: dict[int, _Mapped] = {}  # by address
         self._fds: dict[int, int] = {}  # number in workers -> our own fd
         self._unrepaired: set[int] = set()  # numbers of the dead
@@ -151,6 +159,80 @@ class Workers:
         self._spawn_missing(range(self._options.active, total))
         await self._start_until_ready(range(self._options.active))
         self._later(self._watch_forever())
+
+    async def adopt(self) -> None:
+        """Go on with the workers of a manager that was killed, and add what is missing.
+
+        What it gave them stays in use until `shed`; nothing that they get from now on is
+        at the same place.
+
+        Raises:
+            VswitchError: None was left, and another did not start.
+        """
+        self._seq = time.monotonic_ns()  # above that of any answer that is on the way
+        for name, item in self._kept.items("worker").items():
+            self._track_again(int(name), item)
+        for number in range(MAX_WORKERS):
+            if number not in self._processes and self._was_used(number):
+                self._bury(number)
+        await self._learn_spans()
+        total = self._options.active + self._options.spares
+        free = [n for n in range(MAX_WORKERS) if n not in self._processes]
+        for number in free[: max(0, total - len(self._processes))]:
+            self._spawn(number)
+        if not self._ready():
+            await self._start_until_ready(sorted(self._processes)[:1])
+        self._later(self._watch_forever())
+
+    def _track_again(self, number: int, item: Item) -> None:
+        """A worker that is there still; not one that has hung up."""
+        sock = socket.socket(fileno=os.dup(item.fds[0]))
+        sock.setblocking(False)
+        if is_readable(sock.fileno(), 0) and not _peek(sock):
+            sock.close()
+            self._kept.drop("worker", number)
+            return
+        process = self._track(number, int(item.words["pid"]), sock)
+        if int(self._shared.workers[number]["state"]) in _AT_WORK:
+            self._count_in(process)
+
+    def _was_used(self, number: int) -> bool:
+        return int(self._shared.workers[number]["state"]) != WORKER_NONE
+
+    def _bury(self, number: int) -> None:
+        """See to what a worker has left that died while there was no manager."""
+        was_active = self._role(number) == ROLE_ACTIVE
+        record = self._shared.workers[number]
+        record["state"], record["role"] = WORKER_NONE, 0
+        self._unrepaired.add(number)
+        if was_active:
+            self._hand_over(number)
+        elif ready := self._ready():
+            self._repair(ready[0])
+
+    async def _learn_spans(self) -> None:
+        """Keep clear of what the workers have."""
+        told = await asyncio.gather(*(self._tell(p, "span") for p in self._ready()))
+        spans = [span for span in told if _is_span(span)]  # the dead answer nothing
+        low, high = _around([span[:2] for span in spans])
+        first, end = _around([span[2:] for span in spans])
+        if low < high:
+            self._addresses.occupy(low, high)
+        if first < end:
+            self._numbers.occupy(first, end)
+        self._span = [low, high, first, end]
+
+    async def shed(self) -> None:
+        """Have workers give up what they had before `adopt`; no record names it now."""
+        if self._span is None:
+            return
+        await self.broadcast("shed", self._span)
+        low, high, first, end = self._span
+        if low < high:
+            self._addresses.give_back(low)
+        for number in range(first, end):
+            self._numbers.give_back(number)
+        self._span = None
 
     async def stop(self) -> None:
         """End every worker and give back what was kept for them."""
@@ -219,16 +301,21 @@ class Workers:
         os.close(null)
         theirs.close()
         ours.setblocking(False)
-        loop = asyncio.get_running_loop()
-        process = _Process(number, pid, os.pidfd_open(pid), ours, loop.time())
-        self._processes[number] = process
         record = self._shared.workers[number]
         record["pid"], record["cpu"] = pid, cpu
         record["state"], record["role"] = WORKER_STARTING, ROLE_SPARE
         record["serving"] = 0
         lifeline.prepare(self._shared.workers, number)
-        loop.add_reader(ours.fileno(), self._on_message, process)
+        self._kept.keep("worker", number, {"pid": pid}, [ours.fileno()])
+        self._track(number, pid, ours)
+
+    def _track(self, number: int, pid: int, sock: socket.socket) -> _Process:
+        loop = asyncio.get_running_loop()
+        process = _Process(number, pid, os.pidfd_open(pid), sock, loop.time())
+        self._processes[number] = process
+        loop.add_reader(sock.fileno(), self._on_message, process)
         loop.add_reader(process.pidfd, self._on_death, process)
+        return process
 
     def report_faults(self, to: Callable[[int, int, str], None]) -> None:
         """Have `to` called when a worker ends by what it did in the middle of a ring.
@@ -311,7 +398,7 @@ class Workers:
 
     async def change_fdb(self, verb: str, *arguments: int) -> int:
         """Let one worker change the forwarding database; what the change returned."""
-        return await self._tell(self._anybody(), "fdb", verb, list(arguments))
+        return int(await self._tell(self._anybody(), "fdb", verb, list(arguments)))
 
     async def flush(self, slot: int, *, also_static: bool) -> int:
         """Forget what lives behind a port (all ports: -1)."""
@@ -358,13 +445,36 @@ class Workers:
 
     def _tell(
         self, process: _Process, word: str, *arguments: object, fds: Sequence[int] = ()
-    ) -> asyncio.Future[int]:
+    ) -> asyncio.Future[Any]:
         self._seq += 1
         answer = asyncio.get_running_loop().create_future()
         process.due[self._seq] = answer
         process.outbox.append(([word, self._seq, *arguments], tuple(fds)))
         self._flush(process)
         return answer
+
+    def keep(
+        self,
+        slot: int,
+        state: dict[str, Any],
+        fds: Sequence[int],
+        answer: Answer | None = None,
+    ) -> bool:
+        """Have what a port is outlive the manager, and an answer sent with it."""
+        return self._kept.keep("port", slot, state, fds, answer)
+
+    def settle(self) -> None:
+        """Return when all answers have been sent."""
+        self._kept.settle()
+
+    def keep_message(
+        self, slot: int, words: dict[str, Any] | None, fds: Sequence[int] = ()
+    ) -> None:
+        """Have a message outlive the manager."""
+        if words is None:
+            self._kept.drop("message", slot)
+        else:
+            self._kept.keep("message", slot, words, fds)
 
     def _flush(self, process: _Process) -> None:
         loop = asyncio.get_running_loop()
@@ -391,14 +501,14 @@ class Workers:
         if message[0] == "ack":
             answer = process.due.pop(message[1], None)
             if answer and not answer.done():
-                answer.set_result(int(message[2]))
+                answer.set_result(message[2])
         elif message[0] == "progress" and process.number == _COMPILER:
             self._on_progress(int(message[1]), int(message[2]))
         elif message[0] == "lost":
             mapped = self._mappings.get(int(message[1]))
             if mapped:
                 mapped.lost()
-        elif message[0] == "ready":
+        elif message[0] == "ready" and not process.ready:
             self._welcome(process)
 
     def _welcome(self, process: _Process) -> None:
@@ -417,11 +527,15 @@ class Workers:
             self._shared.workers[process.number]["role"] = ROLE_ACTIVE
             self._adopt_orphans(process)
         self._tell(process, "sync", NOBODY)
-        hear = partial(_call_soon, asyncio.get_running_loop(), self._on_death, process)
-        lifeline.watch(self._shared.workers, process.number, hear)
+        self._count_in(process)
         self._check_all_ready()
 
-    def _check_mapped(self, mapped: _Mapped, answer: "asyncio.Future[int]") -> None:
+    def _count_in(self, process: _Process) -> None:
+        process.ready = True
+        hear = partial(_call_soon, asyncio.get_running_loop(), self._on_death, process)
+        lifeline.watch(self._shared.workers, process.number, hear)
+
+    def _check_mapped(self, mapped: _Mapped, answer: "asyncio.Future[Any]") -> None:
         """A worker that cannot map what the others have sees zeroes there."""
         if answer.result() < 0 and mapped.mapping.addr in self._mappings:
             mapped.lost()
@@ -451,7 +565,7 @@ class Workers:
         process.ending = True
         code = _exit_code(process.pid)
         _step_aside(process.pid)
-        cause = signal.Signals(-code).name if code < 0 else f"exit code {code}"
+        cause = _name_of(code)
         serving = int(self._shared.workers[process.number]["serving"])
         _log.warning("worker %d died: %s pid=%d", process.number, cause, process.pid)
         was_active = self._role(process.number) == ROLE_ACTIVE
@@ -487,7 +601,7 @@ class Workers:
                 self._shared.workers[dead]["cpu"],
             )
             with contextlib.suppress(ProcessLookupError):  # dead as well
-                os.sched_setaffinity(int(record["pid"]), {int(record["cpu"])})
+                os.sched_setaffinity(self._processes[heir].pid, {int(record["cpu"])})
         rings = self._shared.rings
         rings["owner"][rings["owner"] == dead] = heir
         self._repair(self._processes[heir])
@@ -505,7 +619,7 @@ class Workers:
     def _repair(self, heir: _Process) -> None:
         """Let a worker make usable what the dead left behind."""
 
-        def done(dead: int, _: "asyncio.Future[int]") -> None:
+        def done(dead: int, _: "asyncio.Future[Any]") -> None:
             if self._processes.get(heir.number) is heir:
                 self._unrepaired.discard(dead)
 
@@ -532,6 +646,7 @@ class Workers:
         loop.remove_reader(process.sock.fileno())
         loop.remove_writer(process.sock.fileno())
         process.sock.close()
+        self._kept.drop("worker", process.number)
         self._processes.pop(process.number, None)
         record = self._shared.workers[process.number]
         record["state"], record["role"] = WORKER_NONE, 0
@@ -585,7 +700,8 @@ class Workers:
 async def _reap(process: _Process) -> None:
     """Wait until the kernel is done with a process that has ended."""
     await _readable(process.pidfd)
-    os.waitpid(process.pid, 0)
+    with contextlib.suppress(ChildProcessError):  # a manager before us started it
+        os.waitpid(process.pid, 0)
     os.close(process.pidfd)
 
 
@@ -597,11 +713,51 @@ def _step_aside(pid: int) -> None:
         os.sched_setaffinity(pid, os.sched_getaffinity(0))
 
 
-def _exit_code(pid: int) -> int:
-    """How a process that is not waited for yet has ended, as waitpid will say it."""
-    # proc_pid_stat(5): the last field.
-    status = Path(f"/proc/{pid}/stat").read_text().split()[-1]
+def _exit_code(pid: int) -> int | None:
+    """How a process that is not waited for yet has ended, as waitpid will say it.
+
+    None: somebody else has waited for it, as we did not start it.
+    """
+    try:
+        # proc_pid_stat(5): the last field.
+        status = Path(f"/proc/{pid}/stat").read_text().split()[-1]
+    except OSError:
+        return None
     return os.waitstatus_to_exitcode(int(status))
+
+
+def _name_of(code: int | None) -> str:
+    if code is None:
+        return "nobody knows how"
+    return signal.Signals(-code).name if code < 0 else f"exit code {code}"
+
+
+def _around(spans: Sequence[Sequence[int]]) -> tuple[int, int]:
+    """The smallest span that has all of `spans` in it, those that are empty aside."""
+    full = [(begin, end) for begin, end in spans if begin < end]
+    return (
+        min((begin for begin, _ in full), default=0),
+        max((end for _, end in full), default=0),
+    )
+
+
+def _is_span(answer: object) -> bool:
+    """Whether that can be true; a worker may be in a guest's hands."""
+    return (
+        isinstance(answer, list)
+        and len(answer) == 4
+        and all(isinstance(number, int) for number in answer)
+        and 0 <= answer[0] <= answer[1] <= END_ADDR
+        and 0 <= answer[2] <= answer[3] <= MOST_FILES
+    )
+
+
+def _peek(sock: socket.socket) -> bytes:
+    """What waits in a socket, of which at least the end of it has come."""
+    try:
+        return sock.recv(1, socket.MSG_PEEK)
+    except OSError:
+        return b""
 
 
 def _call_soon(

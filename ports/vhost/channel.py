@@ -10,9 +10,11 @@ Numba-free. Time is passed in. What messages mean is `session`'s business.
 """
 
 import array
+import fcntl
 import os
 import socket
-from collections.abc import Iterable
+import termios
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from typing import Final
 
@@ -42,8 +44,17 @@ class Channel:
     Every error leaves the channel fit only for `close`, which closes all that it owns.
     """
 
-    def __init__(self, sock: socket.socket) -> None:
+    def __init__(
+        self,
+        sock: socket.socket,
+        on_whole: Callable[[bytes, list[int]], None] | None = None,
+    ) -> None:
+        """`on_whole` is shown each message that came in one piece before it is read.
+
+        The descriptors beside it are the channel's.
+        """
         self._sock = sock
+        self._on_whole = on_whole
         sock.setblocking(False)
         self._header: Header | None = None  # of the message being read, when complete
         self._data = bytearray()  # of its header, then of its payload
@@ -70,10 +81,37 @@ class Channel:
             ProtocolError: The stream cannot be followed any further.
         """
         try:
+            if self._on_whole and self._deadline_s is None:
+                self._show_whole(self._on_whole)
             return self._receive(now_s)
         except (ProtocolError, EOFError):
             self._drop_fds()
             raise
+
+    def _show_whole(self, show: Callable[[bytes, list[int]], None]) -> None:
+        """Show the next message before it is read, if all of it came in one piece.
+
+        What is shown with it are the first descriptors that wait. Linux has a look also
+        behind a message that has none; whose they are, reading tells.
+        """
+        head, _ = self._peek(HEADER_LEN, 0)
+        if len(head) < HEADER_LEN:
+            return
+        try:
+            size = decode_header(head).size
+        except ProtocolError:
+            return  # reading says it
+        data, fds = self._peek(HEADER_LEN + size, _CONTROL_LEN)
+        if len(data) == HEADER_LEN + size:
+            show(data, fds)
+        close_fds(fds)
+
+    def _peek(self, length: int, room: int) -> tuple[bytes, list[int]]:
+        flags = socket.MSG_PEEK | socket.MSG_CMSG_CLOEXEC
+        with suppress(BlockingIOError, InterruptedError, ConnectionResetError):
+            data, control, _, _ = self._sock.recvmsg(length, room, flags)
+            return data, _fds_of(control)
+        return b"", []
 
     def _receive(self, now_s: float) -> Message | None:
         if self._header is None:
@@ -132,6 +170,17 @@ class Channel:
             return f" in the middle of {request_name(self._header.request)}"
         return " in the middle of a message" if self._data else ""
 
+    def waits_with(self, data: bytes) -> bool:
+        """Whether a message is the next one in the socket; it is not read."""
+        return self._peek(len(data), 0)[0] == data
+
+    @property
+    def has_room(self) -> bool:
+        """Whether the peer has read everything that was sent."""
+        unread = array.array("i", [0])
+        fcntl.ioctl(self._sock, termios.TIOCOUTQ, unread)
+        return not self._unsent and unread[0] == 0
+
     @property
     def wants_write(self) -> bool:
         """Whether replies wait for the socket to become writable; then call `flush`."""
@@ -166,9 +215,18 @@ class Channel:
                 raise EOFError("front-end closed the connection") from None
             del self._unsent[:sent]
 
+    def shut(self) -> None:
+        """Let the conversation end; the peer, and who receives, hear of it."""
+        with suppress(OSError):  # it is gone
+            self._sock.shutdown(socket.SHUT_RDWR)
+
     def close(self) -> None:
-        """Close the socket and the descriptors of a message that never completed."""
+        """Close the socket and the descriptors of a message that never completed.
+
+        The peer hears of it, even if another process has the socket as well.
+        """
         self._drop_fds()
+        self.shut()
         self._sock.close()
 
     def _drop_fds(self) -> None:

@@ -28,7 +28,7 @@ class DeviceConfig:
         record["mtu"] = mtu or _DEFAULT_MTU
         record["speed"] = virtio.NET_SPEED_UNKNOWN
         record["duplex"] = virtio.NET_DUPLEX_UNKNOWN
-        self._bytes = bytearray(record.tobytes().ljust(MAX_LEN, b"\0"))
+        self.content = bytearray(record.tobytes().ljust(MAX_LEN, b"\0"))
 
     def read(self, wanted: Config) -> Config:
         """As many bytes as the request has, from its offset on.
@@ -38,7 +38,7 @@ class DeviceConfig:
         """
         end = _end(wanted)
         return Config(
-            wanted.offset, wanted.flags, bytes(self._bytes[wanted.offset : end])
+            wanted.offset, wanted.flags, bytes(self.content[wanted.offset : end])
         )
 
     def write(self, given: Config) -> None:
@@ -50,7 +50,7 @@ class DeviceConfig:
         end = _end(given)
         if end > _MAC:
             raise ProtocolError(f"bytes {given.offset} to {end} cannot be written")
-        self._bytes[given.offset : end] = given.data
+        self.content[given.offset : end] = given.data
 
 
 def _end(piece: Config) -> int:

@@ -164,10 +164,10 @@ class Session:
         self.rings = tuple(WantedRing(index) for index in range(2 * max_pairs))
         self.mtu: int | None = None
         self.status = 0
-        self._config = DeviceConfig(max_pairs)
-        self._log: WantedRegion | None = None
-        self._status_given = False
-        self._announced: list[bytes] = []
+        self.config = DeviceConfig(max_pairs)
+        self.given_log: WantedRegion | None = None
+        self.status_given = False
+        self.announced: list[bytes] = []
         self._retired: list[int] = []
 
     # --- what the caller reads ---
@@ -185,7 +185,7 @@ class Session:
     @property
     def log(self) -> WantedRegion | None:
         """The log of written pages, while it is to be kept; its `gpa` means nothing."""
-        return self._log if (self.features or 0) & virtio.F_LOG_ALL else None
+        return self.given_log if (self.features or 0) & virtio.F_LOG_ALL else None
 
     @property
     def header_len(self) -> int:
@@ -198,7 +198,7 @@ class Session:
     @property
     def driver_ok(self) -> bool:
         """Whether a driver is at work, as far as one can tell: for people to read."""
-        if self._status_given:
+        if self.status_given:
             return bool(self.status & STATUS_DRIVER_OK)
         return any(ring.runnable for ring in self.rings)
 
@@ -217,7 +217,7 @@ class Session:
 
     def take_announced(self) -> list[bytes]:
         """Addresses of a guest that has just arrived here, to be told to everybody."""
-        announced, self._announced = self._announced, []
+        announced, self.announced = self.announced, []
         return announced
 
     def take_retired(self) -> list[int]:
@@ -237,7 +237,7 @@ class Session:
             self._stop(ring)
             self._retire(ring.err_fd)
             ring.err_fd = NO_FD
-        self._judge_rings()
+        self.judge_rings()
         close_fds(self.take_retired())
 
     # --- a message's way through ---
@@ -254,7 +254,7 @@ class Session:
             return self._refuse(message, str(error))
         finally:
             close_fds(fds)  # those that no handler took
-            self._judge_rings()
+            self.judge_rings()
         return self._answer(message, answer)
 
     def _apply(self, message: Message, fds: list[int]) -> "_Answer":
@@ -364,13 +364,13 @@ class Session:
         if payload.value > MAX_STATUS:
             raise ProtocolError(f"{payload.value:#x} does not fit a status byte")
         self.status = payload.value
-        self._status_given = True
+        self.status_given = True
 
     def _get_config(self, payload: Config, _fds: list[int]) -> Config:
-        return self._config.read(payload)
+        return self.config.read(payload)
 
     def _set_config(self, payload: Config, _fds: list[int]) -> None:
-        self._config.write(payload)
+        self.config.write(payload)
 
     # --- migration ---
 
@@ -383,19 +383,19 @@ class Session:
         if len(fds) != 1:
             raise ProtocolError(f"{len(fds)} descriptors, not 1")
         log = check_log(payload, fds[0], self.memory)
-        if self._log is None or not log.same_as(self._log):
+        if self.given_log is None or not log.same_as(self.given_log):
             self._drop_log()
-            self._log = log
+            self.given_log = log
             fds.clear()
         return payload
 
     def _drop_log(self) -> None:
-        if self._log is not None:
-            self._retire(self._log.fd)
-            self._log = None
+        if self.given_log is not None:
+            self._retire(self.given_log.fd)
+            self.given_log = None
 
     def _send_rarp(self, payload: U64, _fds: list[int]) -> None:
-        self._announced.append(payload.encode()[:_MAC_LEN])
+        self.announced.append(payload.encode()[:_MAC_LEN])
 
     # --- memory ---
 
@@ -516,7 +516,8 @@ class Session:
     def _retire(self, *fds: int) -> None:
         self._retired += [fd for fd in fds if fd != NO_FD]
 
-    def _judge_rings(self) -> None:
+    def judge_rings(self) -> None:
+        """Derive of every ring what follows from what was said."""
         features = self.features or 0
         by_default = self.features_known and not features & virtio.F_PROTOCOL_FEATURES
         for ring in self.rings:

@@ -353,7 +353,7 @@ class Conversation:
     def _check_fds(self):
         session = self._session
         owned = [row.fd for row in session.memory] + list(session._retired)
-        owned += [session._log.fd] if session._log else []
+        owned += [session.given_log.fd] if session.given_log else []
         for ring in session.rings:
             owned += [
                 fd for fd in (ring.kick_fd, ring.call_fd, ring.err_fd) if fd != NO_FD
@@ -464,7 +464,7 @@ def snapshot(session):
     )
     return (
         *(session.features, session.protocol_features, session.memory, session.mtu),
-        *(session._log, tuple(session._announced), rings),
+        *(session.given_log, tuple(session.announced), rings),
     )
 
 

@@ -3,7 +3,6 @@
 One end of a veth, whose other end is in a second namespace.
 """
 
-import signal
 import threading
 import time
 
@@ -61,7 +60,7 @@ def test_an_interface_stays_as_it_was_when_the_switch_is_killed(
     switch.add_port("life1", f"{kind}:life1")
     assert namespace.link("life1")["promiscuity"] == 1
     assert bool(program(namespace, "life1")) == (kind == "xdp")
-    switch.end(signal.SIGKILL)
+    switch.kill_with_keeper()
     wait_for(lambda: not program(namespace, "life1"), "the program's end")
     wait_for(lambda: namespace.link("life1")["promiscuity"] == 0, "the workers' end")
 
@@ -72,7 +71,7 @@ def test_an_interface_that_is_missing_after_a_kill_is_shown_and_waited_for(
     bench.cable("life2", far)
     switch = start("--spares", 0)
     switch.add_port("life2", f"{kind}:life2")
-    switch.end(signal.SIGKILL)
+    switch.kill_with_keeper()
     namespace.ip("link delete life2")
     switch.start()
     port = switch.port("life2")

@@ -2,6 +2,8 @@
 
 import json
 import os
+import select
+import signal
 import subprocess
 import sys
 
@@ -40,6 +42,14 @@ class Shell:
 
     def json(self, *arguments):
         return json.loads(self.ok(*arguments, "-j"))
+
+    def kill_manager(self):
+        """kill -9; it has ended when its lock is free."""
+        pid = int((self.run_dir / "pid").read_text())
+        process = os.pidfd_open(pid)
+        signal.pidfd_send_signal(process, signal.SIGKILL)
+        select.select([process], [], [], 60)
+        os.close(process)
 
     def error(self, *arguments):
         """The exit code and the one line of an error."""

@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import os
+import resource
 import socket
 import struct
 
@@ -23,6 +24,7 @@ from tests.system.net import (
     exchange_both_ways,
     fill,
     footprint,
+    open_fds,
     status_kib,
 )
 from vswitch.guest import GuestError
@@ -208,3 +210,19 @@ def test_who_asks_and_never_reads_holds_up_nobody_else(scene):
             fill(frontend.send_raw, question * 1000)
         exchange_both_ways(*net.guests[:2])
         assert status_kib(net.switch.pid, "VmRSS") < 60 << 10
+
+
+def test_a_port_takes_front_ends_again_when_there_are_descriptors_again(own_net):
+    net = own_net("--spares", 0)
+    net.add_port("a")
+    _, hard = resource.prlimit(net.switch.pid, resource.RLIMIT_NOFILE)
+    used = open_fds(net.switch.pid)
+    few = next(number for number in range(len(used) + 1) if number not in used)
+    resource.prlimit(net.switch.pid, resource.RLIMIT_NOFILE, (few, hard))
+    with socket.socket(socket.AF_UNIX) as refused:
+        refused.connect(str(net.switch.socket("a")))
+        net.switch.wait_for_log("cannot take a front-end: EMFILE")
+        resource.prlimit(net.switch.pid, resource.RLIMIT_NOFILE, (hard, hard))
+    guest = net.behind(net.switch.socket("a"), timeout=60)
+    guest.open()
+    exchange_both_ways(guest, net.guest("b"))

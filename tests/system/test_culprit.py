@@ -75,6 +75,7 @@ def test_the_second_death_at_the_rings_of_one_port_quarantines_it(
     assert net.switch.log.count(" died: ") == 2
     for guest in (a, b):
         guest.disconnect()  # their rings were left in the middle of a stream
+    for guest in (a, b):
         guest.open()
     net.switch.wait_for_state(name, "up")
     exchange_both_ways(a, b)

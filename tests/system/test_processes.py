@@ -90,7 +90,7 @@ def test_what_a_killed_manager_left_is_cleaned_by_the_next(start):
     other = net.behind(listening, mode="server")  # no file of ours
     switch.wait_for_workers(1, 1)
     files, pids = everything_of(switch, "a", "b")
-    switch.end(signal.SIGKILL)
+    switch.kill_with_keeper()
     assert_gone(switch, [], pids)
     assert all(path.exists() for path in files)
     unanswered = switch.socket("d")  # killed after it was made, before it was kept
@@ -116,7 +116,7 @@ def test_what_a_killed_manager_left_is_cleaned_by_the_next(start):
 def test_a_stale_socket_that_somebody_else_listens_on_now_is_left_alone(start):
     switch = start()
     switch.add_port("a")
-    switch.end(signal.SIGKILL)
+    switch.kill_with_keeper()
     switch.socket("a").unlink()
     guest = Net(switch).behind(switch.socket("a"), mode="server")
     switch.start()

@@ -1,8 +1,6 @@
 """What is set comes back after a kill as it was, and is forgotten on purpose only."""
 
-import os
 import random
-import select
 import shutil
 import signal
 import stat
@@ -174,15 +172,6 @@ def test_who_adds_a_port_that_is_missing_need_not_wait(start):
 # --- in the words of the command line ---
 
 
-def kill(shell):
-    """kill -9 of the manager; it has ended when its lock is free."""
-    pid = int((shell.run_dir / "pid").read_text())
-    process = os.pidfd_open(pid)
-    signal.pidfd_send_signal(process, signal.SIGKILL)
-    select.select([process], [], [], 60)
-    os.close(process)
-
-
 def names(shell):
     return [port["name"] for port in shell.json("show")["ports"]]
 
@@ -222,7 +211,7 @@ def test_what_is_said_now_counts_more_than_a_file_and_that_more_than_before(shel
     said = shell.ok("up")
     assert "0 spares, adaptive polling" in said
     assert names(shell) == ["vm1"]
-    kill(shell)
+    shell.kill_manager()
     lab.write_text('[port.web1]\nendpoint = "web1.sock"\n[switch]\npoll = "busy"\n')
     said = shell.ok("up", "--config", "lab.toml", "--spares", "1")
     assert "1 spare, busy polling" in said
@@ -232,7 +221,7 @@ def test_what_is_said_now_counts_more_than_a_file_and_that_more_than_before(shel
 def test_a_file_that_was_cut_off_is_refused_and_stays(shell):
     shell.ok("up", "--spares", "0")
     shell.ok("add-port", "vm1.sock")
-    kill(shell)
+    shell.kill_manager()
     path = shell.run_dir / "state.toml"
     half = path.read_bytes()[:-20]
     path.write_bytes(half)
@@ -253,7 +242,7 @@ def test_a_start_that_fails_forgets_nothing(shell):
     guests.mkdir()
     shell.ok("up", "--spares", "0")
     shell.ok("add-port", "guests/vm1.sock")
-    kill(shell)
+    shell.kill_manager()
     path = shell.run_dir / "state.toml"
     before = path.read_bytes()
     lab = shell.directory / "lab.toml"

@@ -140,7 +140,7 @@ def test_guests_exchange_jumbo_frames(pair):
     assert_pings(two, "10.77.0.1", size=8972)
 
 
-def test_guests_do_not_notice_that_a_worker_is_killed(lab, pair):
+def test_guests_do_not_notice_that_a_worker_or_the_manager_is_killed(lab, pair):
     watched = "cat /sys/class/net/eth0/carrier_changes /sys/class/net/eth0/carrier"
     # Linux says that a link becomes ready, and when it likes, if it had to wait for it.
     log = "dmesg | grep -E 'eth0|virtio' | grep -v 'becomes ready' || true"
@@ -164,6 +164,15 @@ def test_guests_do_not_notice_that_a_worker_is_killed(lab, pair):
                 lambda guest=guest, seen=seen: count_answers(guest) > seen + 3,
                 "answers with another worker",
             )
+    assert [lab.port(guest.machine.name)["since"] for guest in pair] == since
+    for step in (lambda: lab.end(signal.SIGKILL), lab.start):  # the manager
+        answers = [count_answers(guest) for guest in pair]
+        step()
+        for guest, seen in zip(pair, answers, strict=True):
+            lab.wait_for(
+                lambda guest=guest, seen=seen: count_answers(guest) > seen + 3,
+                "answers without a manager, or with another",
+            )
     for guest, _ in pairs:
         said = guest.check(
             "kill -INT $(cat /tmp/pid); wait $(cat /tmp/pid); cat /tmp/ping"
@@ -171,8 +180,10 @@ def test_guests_do_not_notice_that_a_worker_is_killed(lab, pair):
         sent, received = map(int, PING.search(said).groups())
         assert sent - received <= 3, said  # those that a dead worker had in hand
     assert [(guest.check(watched), guest.check(log)) for guest in pair] == before
-    assert [lab.port(guest.machine.name)["since"] for guest in pair] == since
     lab.assert_ledger_balances()
+    pair[0].reset()
+    pair[0].wait_ready()
+    assert_pings(pair[0], "10.77.0.2")
 
 
 @pytest.mark.parametrize("server", [False, True], ids=["connects", "listens"])

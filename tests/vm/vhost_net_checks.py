@@ -236,7 +236,8 @@ def main():
                 check(wire)
                 outcome = "ok"
             except Exception:  # noqa: BLE001 - to be told, and the others made
-                outcome = " | ".join(traceback.format_exc().strip().splitlines())
+                said = f"{traceback.format_exc()}{wire.switch.log}"
+                outcome = " | ".join(said.strip().splitlines())
             sys.stdout.write(f"{check.__name__} {outcome}\n")
             sys.stdout.flush()
 

@@ -11,11 +11,13 @@ is a list: a word, a sequence number where an answer is due, then arguments.
     ["sync", seq, dead]         look at the records again; repair what worker `dead`
                                 (or -1) left behind
     ["fdb", seq, verb, args]    set, remove or flush: `vswitch.datapath.fdb`
+    ["span", seq]               where our mappings and numbers are
+    ["shed", seq, span]         give up all that were within it
 
     worker to manager
     ["progress", done, total]   functions compiled
     ["ready"]
-    ["ack", seq, result]        result: a number, negative for -errno
+    ["ack", seq, result]        result: a number, negative for -errno; span: four
 """
 
 import array
@@ -26,7 +28,7 @@ from typing import Any, Final
 import msgpack
 
 _MAX_MESSAGE: Final = 1 << 16
-MAX_FDS: Final = 64  # per message
+MAX_FDS: Final = 128  # per message; the kernel takes 253
 
 
 def pair() -> tuple[socket.socket, socket.socket]:

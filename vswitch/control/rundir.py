@@ -19,6 +19,7 @@ from ports.errors import errno_name
 from vswitch.errors import ConfigError, VswitchError
 
 CONTROL: Final = "control.sock"
+KEEPER: Final = "keeper.sock"
 LOG: Final = "log"
 MADE: Final = "made"  # sockets made outside of the directory
 STATE: Final = "state.toml"
