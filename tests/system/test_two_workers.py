@@ -84,8 +84,12 @@ def test_three_senders_share_one_receivers_ring(net):
 
 
 def test_a_receiver_with_a_ring_for_each_worker_sees_every_flow_in_order(net):
-    receiver = net.guest("r", queue_pairs=2, **RECEIVER)
-    senders = [net.guest(name, **SENDER) for name in "abc"]
+    # By these addresses the flows fall to both rings.
+    receiver = net.guest("r", mac="02:00:00:00:00:0f", queue_pairs=2, **RECEIVER)
+    senders = [
+        net.guest(name, mac=f"02:00:00:00:00:0{n}", **SENDER)
+        for n, name in enumerate("abc", start=1)
+    ]
     net.pin(receiver)
     flows = ((sender, receiver) for sender in senders)
     with Stream(*flows, queues=2) as flow:
