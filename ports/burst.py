@@ -46,6 +46,15 @@ FRAME: Final = np.dtype(
 
 SEGMENT: Final = np.dtype([("addr", "<i8"), ("len", "<i8")])
 
+# Where a frame goes that fits one buffer of its receiver.
+AIM: Final = np.dtype(
+    [
+        ("addr", "<i8"),
+        ("gpa", "<i8"),
+        ("len", "<i8"),  # bytes, with the header
+    ]
+)
+
 # C's struct mmsghdr, its padding as part of the words: frames for sendmmsg.
 MESSAGE: Final = np.dtype(
     [
@@ -82,6 +91,7 @@ CONTEXT: Final = np.dtype(
         ("burst", "<i8"),  # FRAME[2 * BURST_SIZE]; the second half for `offload.lower`
         ("segments", "<i8"),  # SEGMENT rows of the burst
         ("targets", "<i8"),  # SEGMENT rows of one delivery
+        ("aims", "<i8"),  # AIM rows of one delivery
         ("messages", "<i8"),  # MESSAGE rows of one delivery
         ("message_headers", "<i8"),  # the virtio-net header of each
         ("heads", "<i8"),  # heads of frames; the first is for headers we write
@@ -108,6 +118,7 @@ def make_scratch() -> dict[str, "np.ndarray[Any, np.dtype[Any]]"]:
         "burst": np.zeros(2 * BURST_SIZE, FRAME),
         "segments": np.zeros(BURST_SIZE * MAX_SEGMENTS, SEGMENT),
         "targets": np.zeros(MAX_TARGETS, SEGMENT),
+        "aims": np.zeros(BURST_SIZE, AIM),
         "messages": np.zeros(BURST_SIZE, MESSAGE),
         "message_headers": np.zeros(BURST_SIZE * HEADER_SLOT, np.uint8),
         "heads": np.zeros((BURST_SIZE + 1) * ETH_SNAPSHOT, np.uint8),

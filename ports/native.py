@@ -792,7 +792,8 @@ def _uring_enter(fd: Any, count: Any) -> Any:
 _SMALL_COPY: Final = 512
 
 
-@overload(copy_bytes, strict=False)
+# Inlined: what a call keeps on the stack is in the way of a copy, see `chain.fill`.
+@overload(copy_bytes, strict=False, jit_options={"forceinline": True})
 def _copy_bytes(dst: Any, src: Any, length: Any) -> Any:
     def body(dst: int, src: int, length: int) -> None:
         if length > _SMALL_COPY:

@@ -26,10 +26,11 @@ from ports.native import (
     eventfd_signal,
     jit,
     load_any_u64,
+    load_u64,
     store_any_u64,
 )
 from ports.vhost.virtio import NET_HDR_LEN_LEGACY
-from ports.views import segment_at
+from ports.views import aim_at, frame_at, segment_at
 
 
 @jit
@@ -126,6 +127,33 @@ def seal(dst: int, frame: Record) -> None:
     judged = int(frame["eth"])
     store_any_u64(dst, load_any_u64(judged))
     store_any_u64(dst + 4, load_any_u64(judged + 4))
+
+
+@jit
+def fill(ctx: Record, header_len: int, begin: int, n: int) -> int:
+    """Write `n` picked frames, from number `begin` on, to where the aims say.
+
+    The receiver has read what lies there, so every first store waits until its cache line
+    has come back from another processor. Stores leave ours in their order, and some 60
+    may wait: whatever else the loop stores, be it a spilled register or a call's return
+    address, takes the place of a frame under way. So it does nothing else.
+
+    Returns:
+        Bytes of the frames.
+    """
+    burst = int(ctx["burst"])
+    aims = int(ctx["aims"])
+    picks = int(ctx["picked"]) + 8 * begin
+    total = 0
+    for k in range(n):
+        frame = frame_at(burst, load_u64(picks + 8 * k))
+        addr = int(aim_at(aims, k)["addr"])
+        length = int(frame["length"])
+        offload.write_header(addr, header_len, frame, 1)
+        copy_bytes(addr + header_len, int(frame["addr"]), length)
+        seal(addr + header_len, frame)
+        total += length
+    return total
 
 
 @jit

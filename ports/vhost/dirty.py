@@ -23,7 +23,7 @@ from ports.vhost.virtio import (
     USED_ELEM_SIZE,
     USED_RING,
 )
-from ports.views import region_at, segment_at
+from ports.views import aim_at, region_at, segment_at
 
 _PAGE_SHIFT: Final = 12  # of the protocol, whatever the machine's pages are
 
@@ -52,6 +52,14 @@ def mark(log: int, log_len: int, gpa: int, length: int) -> None:
             # Always an atomic operation: the front-end clears bits meanwhile, and a bit
             # that is seen set may be one that it has just fetched.
             or_u8(log + at, 1 << (page & 7))
+
+
+@jit
+def mark_aims(log: int, log_len: int, aims: int, n: int) -> None:
+    """Mark what the first `n` AIM rows say, all of it written already."""
+    for k in range(n):
+        aim = aim_at(aims, k)
+        mark(log, log_len, int(aim["gpa"]), int(aim["len"]))
 
 
 @jit

@@ -33,7 +33,6 @@ from ports.burst import (
 )
 from ports.native import (
     Record,
-    copy_bytes,
     eventfd_signal,
     fence,
     jit,
@@ -49,7 +48,7 @@ from ports.native import (
     store_u64,
 )
 from ports.vhost import dirty
-from ports.vhost.chain import break_ring, describe, scatter, seal
+from ports.vhost.chain import break_ring, describe, fill, scatter
 from ports.vhost.memory import append_pieces, find_window, region_rows, translate
 from ports.vhost.virtio import (
     DESC_F_AVAIL,
@@ -67,7 +66,7 @@ from ports.vhost.virtio import (
     F_INDIRECT_DESC,
     F_MRG_RXBUF,
 )
-from ports.views import frame_at, redo_at, segment_at
+from ports.views import aim_at, frame_at, redo_at, segment_at
 
 # A descriptor is read as two words: the address, then len | id << 32 | flags << 48.
 _WORD: Final = 8
@@ -79,7 +78,6 @@ _SHAPE: Final = DESC_F_NEXT | DESC_F_WRITE | DESC_F_INDIRECT
 _OWNER: Final = (DESC_F_AVAIL | DESC_F_USED) - (1 << 16)
 _LAP: Final = 1 << 15  # of a position
 _INDEX: Final = _LAP - 1
-_AHEAD: Final = 8
 
 # Verdicts of `_put_pieces` beside a number of chains.
 _PUT_FULL: Final = 0
@@ -364,72 +362,41 @@ def put(
     ours: polled by us alone, or locked.
     """
     position = int(ring["next_avail"])
-    size = int(ring["size"])
-    header_len = int(ring["header_len"])
-    max_frame = int(port["max_frame"])
     burst = int(ctx["burst"])
-    regions = int(ctx["regions"])
     picked = int(ctx["picked"])
     first, count = region_rows(port)
-    log, log_len = dirty.find_log(regions, first)
-    window_gpa = 0
-    window_size = 0
-    window_addr = 0
-    noted = 0
+    log, log_len = dirty.find_log(int(ctx["regions"]), first)
     arrived = 0
     sent_bytes = 0
-    for k in range(n):
-        frame = frame_at(burst, load_u64(picked + 8 * k))
-        length = int(frame["length"])
-        if length > max_frame and offload.wire_length(frame) > max_frame:
-            tally["tx_drop_too_long"] += 1
+    k = 0
+    while k < n:
+        run = _aim(ring, port, ctx, redo, k, n - k, position)
+        if run > 0:
+            sent_bytes += fill(ctx, int(ring["header_len"]), k, run)
+            if log_len > 0:
+                dirty.mark_aims(log, log_len, int(ctx["aims"]), run)
+            position = _advance(position, run, int(ring["size"]))
+            _publish_at(ring, port, ctx, redo, run, position)
+            arrived += run
+            k += run
             continue
-        entry = _slot(ring, position)
-        word = load_acquire_u64(entry + _WORD)
+        word = load_acquire_u64(_slot(ring, position) + _WORD)
         if not _is_offered(word, position):
             tally["tx_drop_ring_full"] += n - k
             break
-        gpa = load_u64(entry)
-        guess = load_u64(_slot(ring, _advance(position, min(_AHEAD, size - 1), size)))
-        if 0 <= guess - window_gpa < window_size:
-            prefetch_write(window_addr + guess - window_gpa)
-        space = word & _LEN_MASK
-        flags = (word >> _FLAGS_SHIFT) & _SHAPE
-        need = length + header_len
-        if flags == DESC_F_WRITE and need <= space and int(frame["segments"]) == 1:
-            offset = gpa - window_gpa
-            if offset < 0 or offset > window_size - need:
-                window_gpa, window_size, window_addr = find_window(
-                    regions, first, count, gpa
-                )
-                offset = gpa - window_gpa
-            if 0 <= offset <= window_size - need:
-                addr = window_addr + offset
-                offload.write_header(addr, header_len, frame, 1)
-                copy_bytes(addr + header_len, int(frame["addr"]), length)
-                seal(addr + header_len, frame)
-                if log_len > 0:
-                    dirty.mark(log, log_len, gpa, need)
-                _note(ring, redo, noted, position, _used_word(position, word, need))
-                position = _advance(position, 1, size)
-                noted += 1
-                arrived += 1
-                sent_bytes += length
-                if noted == REDO_ROWS:
-                    _publish_at(ring, port, ctx, redo, noted, position)
-                    noted = 0
-                continue
+        frame = frame_at(burst, load_u64(picked + 8 * k))
+        if offload.wire_length(frame) > int(port["max_frame"]):
+            tally["tx_drop_too_long"] += 1
+            k += 1
+            continue
         # It may take many rows, and gives up where they do not suffice.
-        if noted > 0:
-            _publish_at(ring, port, ctx, redo, noted, position)
-            noted = 0
         rows, behind, got = _put_pieces(ring, ctx, redo, first, count, frame, position)
         if rows > 0:
             position = behind
             _publish_at(ring, port, ctx, redo, rows, position)
         if got > 0:
             arrived += 1
-            sent_bytes += length
+            sent_bytes += int(frame["length"])
         elif got == _PUT_FULL:
             tally["tx_drop_ring_full"] += 1
         elif got == _PUT_TOO_LONG:
@@ -440,11 +407,75 @@ def put(
             break_ring(ring, tally)
             tally["tx_drop_not_ready"] += n - k
             break
-    if noted > 0:
-        _publish_at(ring, port, ctx, redo, noted, position)
+        k += 1
     tally["tx_frames"] += arrived
     tally["tx_bytes"] += sent_bytes
     return arrived
+
+
+@jit
+def _aim(
+    ring: Record,
+    port: Record,
+    ctx: Record,
+    redo: int,
+    begin: int,
+    n: int,
+    position: int,
+) -> int:
+    """Find the buffers of up to `n` picked frames, from number `begin` on.
+
+    The first buffer is the one at `position`. Stops at the first frame that is not one
+    piece which fits the next buffer, at a buffer that is not one of the guest's memory,
+    and where none is offered. REDO rows are written here.
+
+    Returns:
+        How many frames have a row in `aims`; their cache lines are on the way.
+    """
+    size = int(ring["size"])
+    header_len = int(ring["header_len"])
+    max_frame = int(port["max_frame"])
+    burst = int(ctx["burst"])
+    regions = int(ctx["regions"])
+    picks = int(ctx["picked"]) + 8 * begin
+    aims = int(ctx["aims"])
+    first, count = region_rows(port)
+    window_gpa = 0
+    window_size = 0
+    window_addr = 0
+    for k in range(n):
+        frame = frame_at(burst, load_u64(picks + 8 * k))
+        length = int(frame["length"])
+        if int(frame["segments"]) != 1:
+            return k
+        if length > max_frame and offload.wire_length(frame) > max_frame:
+            return k
+        entry = _slot(ring, position)
+        word = load_acquire_u64(entry + _WORD)
+        flags = (word >> _FLAGS_SHIFT) & _SHAPE
+        need = length + header_len
+        if flags != DESC_F_WRITE or need > word & _LEN_MASK:
+            return k
+        if not _is_offered(word, position):
+            return k
+        gpa = load_u64(entry)
+        offset = gpa - window_gpa
+        if offset < 0 or offset > window_size - need:
+            window_gpa, window_size, window_addr = find_window(
+                regions, first, count, gpa
+            )
+            offset = gpa - window_gpa
+            if offset < 0 or offset > window_size - need:
+                return k
+        addr = window_addr + offset
+        prefetch_write(addr)
+        aim = aim_at(aims, k)
+        aim["addr"] = addr
+        aim["gpa"] = gpa
+        aim["len"] = need
+        _note(ring, redo, k, position, _used_word(position, word, need))
+        position = _advance(position, 1, size)
+    return n
 
 
 @jit

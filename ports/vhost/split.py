@@ -38,7 +38,6 @@ from ports.burst import (
 )
 from ports.native import (
     Record,
-    copy_bytes,
     eventfd_signal,
     fence,
     jit,
@@ -53,7 +52,7 @@ from ports.native import (
     store_u16,
 )
 from ports.vhost import dirty
-from ports.vhost.chain import break_ring, describe, scatter, seal
+from ports.vhost.chain import break_ring, describe, fill, scatter
 from ports.vhost.memory import append_pieces, find_window, region_rows, translate
 from ports.vhost.virtio import (
     AVAIL_F_NO_INTERRUPT,
@@ -73,7 +72,7 @@ from ports.vhost.virtio import (
     USED_IDX,
     USED_RING,
 )
-from ports.views import frame_at, segment_at
+from ports.views import aim_at, frame_at, segment_at
 
 # A descriptor is read as two words: the address, then len | flags << 32 | next << 48.
 _LEN_MASK = 0xFFFFFFFF
@@ -85,9 +84,6 @@ _PUT_FULL = 0
 _PUT_TOO_LONG = -1
 _PUT_BAD = -2
 _PUT_BROKEN = -3
-
-# How far ahead of the copy the next receive buffers are asked for.
-_AHEAD = 8
 
 
 @jit
@@ -273,99 +269,55 @@ def put(ring: Record, port: Record, ctx: Record, n: int, tally: Record) -> int:
     ours: polled by us alone, or locked.
     """
     avail = int(ring["avail"])
-    next_avail = int(ring["next_avail"])
-    size = int(ring["size"])
-    room = (load_acquire_u16(avail + AVAIL_IDX) - next_avail) & 0xFFFF
-    if room > size:
+    room = (load_acquire_u16(avail + AVAIL_IDX) - int(ring["next_avail"])) & 0xFFFF
+    if room > int(ring["size"]):
         break_ring(ring, tally)
         tally["tx_drop_not_ready"] += n
         return 0
-    mask = size - 1
-    desc = int(ring["desc"])
-    used = int(ring["used"]) + USED_RING
-    next_used = int(ring["next_used"])
-    header_len = int(ring["header_len"])
-    max_frame = int(port["max_frame"])
     burst = int(ctx["burst"])
-    regions = int(ctx["regions"])
     picked = int(ctx["picked"])
     first, count = region_rows(port)
-    log, log_len = dirty.find_log(regions, first)
-    window_gpa = 0
-    window_size = 0
-    window_addr = 0
+    log, log_len = dirty.find_log(int(ctx["regions"]), first)
     taken = 0
     arrived = 0
     sent_bytes = 0
-    for k in range(n):
-        frame = frame_at(burst, load_u64(picked + 8 * k))
-        length = int(frame["length"])
+    k = 0
+    while k < n:
+        run = _aim(ring, port, ctx, k, min(n - k, room - taken), taken)
+        sent_bytes += fill(ctx, int(ring["header_len"]), k, run)
+        if log_len > 0:
+            dirty.mark_aims(log, log_len, int(ctx["aims"]), run)
+        taken += run
+        arrived += run
+        k += run
+        if k == n:
+            break
         if taken == room:
             tally["tx_drop_ring_full"] += n - k
             break
-        if length > max_frame and offload.wire_length(frame) > max_frame:
+        frame = frame_at(burst, load_u64(picked + 8 * k))
+        k += 1
+        if offload.wire_length(frame) > int(port["max_frame"]):
             tally["tx_drop_too_long"] += 1
             continue
-        if taken + _AHEAD < room:
-            ahead = load_u16(
-                avail + AVAIL_RING + 2 * ((next_avail + taken + _AHEAD) & mask)
-            )
-            guess = load_u64(desc + DESC_SIZE * (ahead & mask)) - window_gpa
-            if 0 <= guess < window_size:
-                prefetch_write(window_addr + guess)
-        head = load_u16(avail + AVAIL_RING + 2 * ((next_avail + taken) & mask))
-        if head >= size:
-            break_ring(ring, tally)
-            tally["tx_drop_not_ready"] += n - k
-            break
-        entry = desc + DESC_SIZE * head
-        gpa = load_u64(entry)
-        word = load_u64(entry + 8)
-        space = word & _LEN_MASK
-        flags = (word >> _FLAGS_SHIFT) & 0xFFFF
-        need = length + header_len
-        if flags == DESC_F_WRITE and need <= space and int(frame["segments"]) == 1:
-            offset = gpa - window_gpa
-            if offset < 0 or offset > window_size - need:
-                window_gpa, window_size, window_addr = find_window(
-                    regions, first, count, gpa
-                )
-                offset = gpa - window_gpa
-            if 0 <= offset <= window_size - need:
-                addr = window_addr + offset
-                offload.write_header(addr, header_len, frame, 1)
-                copy_bytes(addr + header_len, int(frame["addr"]), length)
-                seal(addr + header_len, frame)
-                if log_len > 0:
-                    dirty.mark(log, log_len, gpa, need)
-                slot = used + USED_ELEM_SIZE * ((next_used + taken) & mask)
-                store_any_u64(slot, head | (need << 32))
-                taken += 1
-                arrived += 1
-                sent_bytes += length
-                continue
         got = _put_pieces(ring, ctx, first, count, frame, taken, room, tally)
         if got > 0:
             taken += got
             arrived += 1
-            sent_bytes += length
+            sent_bytes += int(frame["length"])
         elif got == _PUT_FULL:
             tally["tx_drop_ring_full"] += 1
         elif got == _PUT_TOO_LONG:
             tally["tx_drop_too_long"] += 1
         elif got == _PUT_BAD:
-            # Handed back empty: the guest gets its buffer, we get past it. Where a
-            # later chain is the bad one, its turn comes.
-            slot = used + USED_ELEM_SIZE * ((next_used + taken) & mask)
-            store_any_u64(slot, head)
             taken += 1
             tally["tx_drop_bad_chain"] += 1
         else:
-            tally["tx_drop_not_ready"] += n - k
+            tally["tx_drop_not_ready"] += n - k + 1
             break
     if taken > 0:
-        next_used = (next_used + taken) & 0xFFFF
-        ring["next_avail"] = (next_avail + taken) & 0xFFFF
+        next_used = (int(ring["next_used"]) + taken) & 0xFFFF
+        ring["next_avail"] = (int(ring["next_avail"]) + taken) & 0xFFFF
         ring["next_used"] = next_used
         # Everything written above is visible to the driver that sees this index.
         store_release_u16(int(ring["used"]) + USED_IDX, next_used)
@@ -374,6 +326,70 @@ def put(ring: Record, port: Record, ctx: Record, n: int, tally: Record) -> int:
     tally["tx_frames"] += arrived
     tally["tx_bytes"] += sent_bytes
     return arrived
+
+
+@jit
+def _aim(
+    ring: Record, port: Record, ctx: Record, begin: int, n: int, taken: int
+) -> int:
+    """Find the buffers of up to `n` picked frames, from number `begin` on.
+
+    Stops at the first frame that is not one piece which fits the next buffer, or a
+    buffer that is not one of the guest's memory. Used elements are written here, while
+    the heads are at hand. `taken` buffers before these have been filled.
+
+    Returns:
+        How many frames have a row in `aims`; their cache lines are on the way.
+    """
+    size = int(ring["size"])
+    mask = size - 1
+    avail = int(ring["avail"]) + AVAIL_RING
+    used = int(ring["used"]) + USED_RING
+    desc = int(ring["desc"])
+    next_avail = int(ring["next_avail"]) + taken
+    next_used = int(ring["next_used"]) + taken
+    header_len = int(ring["header_len"])
+    max_frame = int(port["max_frame"])
+    burst = int(ctx["burst"])
+    regions = int(ctx["regions"])
+    picks = int(ctx["picked"]) + 8 * begin
+    aims = int(ctx["aims"])
+    first, count = region_rows(port)
+    window_gpa = 0
+    window_size = 0
+    window_addr = 0
+    for k in range(n):
+        frame = frame_at(burst, load_u64(picks + 8 * k))
+        head = load_u16(avail + 2 * ((next_avail + k) & mask))
+        length = int(frame["length"])
+        if head >= size or int(frame["segments"]) != 1:
+            return k
+        if length > max_frame and offload.wire_length(frame) > max_frame:
+            return k
+        need = length + header_len
+        entry = desc + DESC_SIZE * head
+        gpa = load_u64(entry)
+        word = load_u64(entry + 8)
+        flags = (word >> _FLAGS_SHIFT) & 0xFFFF
+        if flags != DESC_F_WRITE or need > word & _LEN_MASK:
+            return k
+        offset = gpa - window_gpa
+        if offset < 0 or offset > window_size - need:
+            window_gpa, window_size, window_addr = find_window(
+                regions, first, count, gpa
+            )
+            offset = gpa - window_gpa
+            if offset < 0 or offset > window_size - need:
+                return k
+        addr = window_addr + offset
+        prefetch_write(addr)
+        aim = aim_at(aims, k)
+        aim["addr"] = addr
+        aim["gpa"] = gpa
+        aim["len"] = need
+        slot = used + USED_ELEM_SIZE * ((next_used + k) & mask)
+        store_any_u64(slot, head | (need << 32))
+    return n
 
 
 @jit
@@ -404,6 +420,7 @@ def _put_pieces(
     next_used = int(ring["next_used"]) + taken
     targets = int(ctx["targets"])
     end = 0
+    first_head = 0
     chains = 0
     missing = need
     while missing > 0:
@@ -417,13 +434,15 @@ def _put_pieces(
             return _PUT_BROKEN
         before = end
         end = _collect_targets(ring, ctx, first, count, head, end)
+        if chains == 0:
+            first_head = head
         if end < 0:
-            return _PUT_BAD
+            return _hand_back(ring, taken, first_head)
         space = 0
         for k in range(before, end):
             space += int(segment_at(targets, k)["len"])
         if space == 0 or (chains == 0 and space < header_len):
-            return _PUT_BAD
+            return _hand_back(ring, taken, first_head)
         filled = min(space, missing)
         slot = used + USED_ELEM_SIZE * ((next_used + chains) & mask)
         store_any_u64(slot, head | (filled << 32))
@@ -435,6 +454,19 @@ def _put_pieces(
     if dirty.find_log(int(ctx["regions"]), first)[1] > 0:
         dirty.mark_pieces(int(ctx["regions"]), first, count, targets, need)
     return chains
+
+
+@jit
+def _hand_back(ring: Record, taken: int, head: int) -> int:
+    """Give a chain back empty: the guest gets its buffer, we get past it.
+
+    It is the first that its frame would have taken; where a later one is the bad one,
+    that one's turn comes.
+    """
+    used = int(ring["used"]) + USED_RING
+    slot = (int(ring["next_used"]) + taken) & (int(ring["size"]) - 1)
+    store_any_u64(used + USED_ELEM_SIZE * slot, head)
+    return _PUT_BAD
 
 
 @jit
