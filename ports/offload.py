@@ -299,6 +299,12 @@ def wire_length(frame: Record) -> int:
 
 
 @jit
+def is_too_long(frame: Record, max_frame: int) -> bool:
+    """Whether a frame would be longer than that on a wire, too."""
+    return int(frame["length"]) > max_frame and wire_length(frame) > max_frame
+
+
+@jit
 def segment_length(ctx: Record, frame: Record) -> int:
     """Bytes of the longest segment of a super-frame.
 

@@ -81,7 +81,7 @@ def _write(fd: int, max_frame: int, ctx: Record, n: int, tally: Record) -> int:
     arrived = 0
     for k in range(n):
         frame = frame_at(int(ctx["burst"]), load_u64(int(ctx["picked"]) + 8 * k))
-        if _is_too_long(frame, max_frame):
+        if offload.is_too_long(frame, max_frame):
             tally["tx_drop_too_long"] += 1
             continue
         length = int(frame["length"])
@@ -100,7 +100,7 @@ def _write_by_ring(fd: int, max_frame: int, ctx: Record, n: int, tally: Record) 
     row = 0
     for k in range(n):
         frame = frame_at(int(ctx["burst"]), load_u64(int(ctx["picked"]) + 8 * k))
-        if _is_too_long(frame, max_frame):
+        if offload.is_too_long(frame, max_frame):
             tally["tx_drop_too_long"] += 1
             continue
         if row + 2 + int(frame["segments"]) > MAX_TARGETS:
@@ -126,12 +126,6 @@ def _submit(uring: Record, queued: int, tally: Record) -> int:
         arrived += _count(uring_data.take_result(uring), tally)
     tally["tx_drop_ring_full"] += queued - done
     return arrived
-
-
-@jit
-def _is_too_long(frame: Record, max_frame: int) -> bool:
-    length = int(frame["length"])
-    return length > max_frame and offload.wire_length(frame) > max_frame
 
 
 @jit

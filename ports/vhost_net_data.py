@@ -216,7 +216,7 @@ def transmit(ring: Record, port: Record, ctx: Record, n: int, tally: Record) -> 
     for k in range(n):
         frame = frame_at(int(ctx["burst"]), load_u64(int(ctx["picked"]) + 8 * k))
         length = int(frame["length"])
-        if length > max_frame and offload.wire_length(frame) > max_frame:
+        if offload.is_too_long(frame, max_frame):
             tally["tx_drop_too_long"] += 1
             continue
         slots = _slots_for(ring, next_slot, NET_HDR_LEN + length)

@@ -27,6 +27,7 @@ from ports.native import (
     jit,
     load_any_u64,
     load_u64,
+    prefetch_write,
     store_any_u64,
 )
 from ports.vhost.virtio import NET_HDR_LEN_LEGACY
@@ -127,6 +128,16 @@ def seal(dst: int, frame: Record) -> None:
     judged = int(frame["eth"])
     store_any_u64(dst, load_any_u64(judged))
     store_any_u64(dst + 4, load_any_u64(judged + 4))
+
+
+@jit
+def aim(ctx: Record, k: int, addr: int, gpa: int, need: int) -> None:
+    """Note where the next frames' number `k` goes, and ask for the first line there."""
+    prefetch_write(addr)
+    row = aim_at(int(ctx["aims"]), k)
+    row["addr"] = addr
+    row["gpa"] = gpa
+    row["len"] = need
 
 
 @jit

@@ -42,13 +42,12 @@ from ports.native import (
     load_u16,
     load_u64,
     prefetch_read,
-    prefetch_write,
     store_release_u64,
     store_u16,
     store_u64,
 )
 from ports.vhost import dirty
-from ports.vhost.chain import break_ring, describe, fill, scatter
+from ports.vhost.chain import aim, break_ring, describe, fill, scatter
 from ports.vhost.memory import append_pieces, find_window, region_rows, translate
 from ports.vhost.virtio import (
     DESC_F_AVAIL,
@@ -66,7 +65,7 @@ from ports.vhost.virtio import (
     F_INDIRECT_DESC,
     F_MRG_RXBUF,
 )
-from ports.views import aim_at, frame_at, redo_at, segment_at
+from ports.views import frame_at, redo_at, segment_at
 
 # A descriptor is read as two words: the address, then len | id << 32 | flags << 48.
 _WORD: Final = 8
@@ -385,7 +384,7 @@ def put(
             tally["tx_drop_ring_full"] += n - k
             break
         frame = frame_at(burst, load_u64(picked + 8 * k))
-        if offload.wire_length(frame) > int(port["max_frame"]):
+        if offload.is_too_long(frame, int(port["max_frame"])):
             tally["tx_drop_too_long"] += 1
             k += 1
             continue
@@ -438,22 +437,18 @@ def _aim(
     burst = int(ctx["burst"])
     regions = int(ctx["regions"])
     picks = int(ctx["picked"]) + 8 * begin
-    aims = int(ctx["aims"])
     first, count = region_rows(port)
     window_gpa = 0
     window_size = 0
     window_addr = 0
     for k in range(n):
         frame = frame_at(burst, load_u64(picks + 8 * k))
-        length = int(frame["length"])
-        if int(frame["segments"]) != 1:
-            return k
-        if length > max_frame and offload.wire_length(frame) > max_frame:
+        if int(frame["segments"]) != 1 or offload.is_too_long(frame, max_frame):
             return k
         entry = _slot(ring, position)
         word = load_acquire_u64(entry + _WORD)
         flags = (word >> _FLAGS_SHIFT) & _SHAPE
-        need = length + header_len
+        need = int(frame["length"]) + header_len
         if flags != DESC_F_WRITE or need > word & _LEN_MASK:
             return k
         if not _is_offered(word, position):
@@ -467,12 +462,7 @@ def _aim(
             offset = gpa - window_gpa
             if offset < 0 or offset > window_size - need:
                 return k
-        addr = window_addr + offset
-        prefetch_write(addr)
-        aim = aim_at(aims, k)
-        aim["addr"] = addr
-        aim["gpa"] = gpa
-        aim["len"] = need
+        aim(ctx, k, window_addr + offset, gpa, need)
         _note(ring, redo, k, position, _used_word(position, word, need))
         position = _advance(position, 1, size)
     return n

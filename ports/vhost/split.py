@@ -15,8 +15,8 @@ read once; numbers that were checked are the numbers that are used. A chain that
 the rules becomes a frame without bytes and is still given back, or the guest would leak
 it. An index that breaks the rules breaks the ring: it rests until it is set up anew.
 
-The common shapes (one buffer a frame) are handled in the loops of `take` and `put`;
-`_take_chain` and `_put_pieces` know everything else.
+The common shapes (one buffer a frame) are handled in the loops of `take`, and of `_aim`
+and `fill` for `put`; `_take_chain` and `_put_pieces` know everything else.
 
 virtio 1.2 §2.7.
 """
@@ -46,13 +46,12 @@ from ports.native import (
     load_u16,
     load_u64,
     prefetch_read,
-    prefetch_write,
     store_any_u64,
     store_release_u16,
     store_u16,
 )
 from ports.vhost import dirty
-from ports.vhost.chain import break_ring, describe, fill, scatter
+from ports.vhost.chain import aim, break_ring, describe, fill, scatter
 from ports.vhost.memory import append_pieces, find_window, region_rows, translate
 from ports.vhost.virtio import (
     AVAIL_F_NO_INTERRUPT,
@@ -72,7 +71,7 @@ from ports.vhost.virtio import (
     USED_IDX,
     USED_RING,
 )
-from ports.views import aim_at, frame_at, segment_at
+from ports.views import frame_at, segment_at
 
 # A descriptor is read as two words: the address, then len | flags << 32 | next << 48.
 _LEN_MASK = 0xFFFFFFFF
@@ -297,7 +296,7 @@ def put(ring: Record, port: Record, ctx: Record, n: int, tally: Record) -> int:
             break
         frame = frame_at(burst, load_u64(picked + 8 * k))
         k += 1
-        if offload.wire_length(frame) > int(port["max_frame"]):
+        if offload.is_too_long(frame, int(port["max_frame"])):
             tally["tx_drop_too_long"] += 1
             continue
         got = _put_pieces(ring, ctx, first, count, frame, taken, room, tally)
@@ -353,7 +352,6 @@ def _aim(
     burst = int(ctx["burst"])
     regions = int(ctx["regions"])
     picks = int(ctx["picked"]) + 8 * begin
-    aims = int(ctx["aims"])
     first, count = region_rows(port)
     window_gpa = 0
     window_size = 0
@@ -361,12 +359,11 @@ def _aim(
     for k in range(n):
         frame = frame_at(burst, load_u64(picks + 8 * k))
         head = load_u16(avail + 2 * ((next_avail + k) & mask))
-        length = int(frame["length"])
         if head >= size or int(frame["segments"]) != 1:
             return k
-        if length > max_frame and offload.wire_length(frame) > max_frame:
+        if offload.is_too_long(frame, max_frame):
             return k
-        need = length + header_len
+        need = int(frame["length"]) + header_len
         entry = desc + DESC_SIZE * head
         gpa = load_u64(entry)
         word = load_u64(entry + 8)
@@ -381,12 +378,7 @@ def _aim(
             offset = gpa - window_gpa
             if offset < 0 or offset > window_size - need:
                 return k
-        addr = window_addr + offset
-        prefetch_write(addr)
-        aim = aim_at(aims, k)
-        aim["addr"] = addr
-        aim["gpa"] = gpa
-        aim["len"] = need
+        aim(ctx, k, window_addr + offset, gpa, need)
         slot = used + USED_ELEM_SIZE * ((next_used + k) & mask)
         store_any_u64(slot, head | (need << 32))
     return n
@@ -436,12 +428,10 @@ def _put_pieces(
         end = _collect_targets(ring, ctx, first, count, head, end)
         if chains == 0:
             first_head = head
-        if end < 0:
-            return _hand_back(ring, taken, first_head)
         space = 0
         for k in range(before, end):
             space += int(segment_at(targets, k)["len"])
-        if space == 0 or (chains == 0 and space < header_len):
+        if end < 0 or space == 0 or (chains == 0 and space < header_len):
             return _hand_back(ring, taken, first_head)
         filled = min(space, missing)
         slot = used + USED_ELEM_SIZE * ((next_used + chains) & mask)
