@@ -11,7 +11,7 @@ from typing import Any, Final
 
 import numpy as np
 
-from ports.base import MAX_PORTS
+from ports.base import MAX_PORTS, RINGS_PER_PORT
 
 BURST_SIZE: Final = 64
 MAX_SEGMENTS: Final = 64  # pieces of one frame; more is a guest that burns our time
@@ -107,6 +107,7 @@ CONTEXT: Final = np.dtype(
         ("first", "<i8"),  # i8[MAX_PORTS]: first frame for a port, or -1
         ("last", "<i8"),  # i8[MAX_PORTS]: last frame for a port
         ("egresses", "<i8"),  # i8[]: ports with frames
+        ("awake", "<i8"),  # u1[]: of the polled rings, which brought frames last time
         ("uring", "<i8"),  # URING, or 0: this worker has none
     ]
 )
@@ -133,4 +134,5 @@ def make_scratch() -> dict[str, "np.ndarray[Any, np.dtype[Any]]"]:
         "first": np.full(MAX_PORTS, -1, np.int64),
         "last": np.zeros(MAX_PORTS, np.int64),
         "egresses": np.zeros(BURST_SIZE, np.int64),
+        "awake": np.zeros(MAX_PORTS * RINGS_PER_PORT // 2, np.uint8),
     }

@@ -3,6 +3,7 @@
 import itertools
 import struct
 
+import numpy as np
 import pytest
 
 from ports import dispatch
@@ -38,6 +39,38 @@ def test_a_round_takes_one_burst_of_each_ring(bench):
     assert bench.round() == 64 + 1
     assert (len(a.tx.reap()), len(b.tx.reap())) == (64, 1)
     assert bench.round() == 64
+
+
+def test_a_ring_that_brought_nothing_is_looked_at_in_its_lane(bench, pair):
+    _, b = pair
+    bench.round()
+    polled = loop.polled_rings(bench.plane.shared, 0)
+
+    def look(number, lanes=8):
+        return loop._round(bench.plane.ctx, 0, polled, 0, number, lanes)
+
+    b.send(frame_to(A, B))
+    assert [look(number) for number in range(8)] == [0] * 7 + [1]
+    # It has brought something, so it is looked at until it brings nothing.
+    b.send(frame_to(A, B), index=1)
+    assert look(0) == 1
+    assert look(0) == 0
+    b.send(frame_to(A, B), index=2)
+    assert look(0) == 0
+    assert look(0, lanes=1) == 1
+
+
+@pytest.mark.parametrize("idle", [8, 20])
+def test_where_many_rings_are_idle_a_turn_still_finds_every_frame(bench, idle):
+    a, b = bench.guest(A, size=256), bench.guest(B)
+    bench.guest(C)
+    bench.round()
+    first, second, third = loop.polled_rings(bench.plane.shared, 0)
+    polled = np.array([first, *[third] * idle, second])
+    for i in range(200):
+        a.send(frame_to(9, A), index=i)
+    b.send(frame_to(9, B))
+    assert loop.poll_turn(bench.plane.ctx, 0, polled, 0, 50_000_000) == 201
 
 
 @pytest.fixture

@@ -20,7 +20,7 @@ from ports.base import (
     RX,
 )
 from ports.burst import CONTEXT, make_scratch
-from ports.native import Record, Records, jit, pause, rdtsc
+from ports.native import Record, Records, jit, load_u8, pause, rdtsc, store_u8
 from ports.vhost import virtqueue
 from ports.views import frame_at, port_at, ring_at
 from vswitch.datapath import fdb, forward
@@ -29,6 +29,9 @@ from vswitch.records import Shared
 
 # An idle turn ends after this part of the budget, so that idling is noticed early.
 _IDLE_PART: Final = 8
+# While frames move, rings that bring none are looked at in so many rounds once, by turns,
+# where there are more than that: what idle guests take is what the others lose.
+_LANES: Final = 8
 # A worker number that owns no ring and holds no lock: not -1, as 0 is a free lock.
 _NOBODY: Final = -2
 
@@ -55,7 +58,8 @@ def poll_turn(
     """Serve the rings in `polled` in turn for about `budget` cycles.
 
     One burst a ring and round, so that a guest that refills its ring as fast as we take
-    from it does not starve the others.
+    from it does not starve the others. The first round, and each after one that moved
+    nothing, looks at all of them.
 
     Returns:
         Frames taken from all rings.
@@ -65,10 +69,10 @@ def poll_turn(
     busy = 0
     frames = 0
     rounds = 0
+    moved = 0
     while True:
-        moved = 0
-        for at in range(polled.size):
-            moved += _serve(ctx, worker, int(polled[at]), now_s)
+        lanes = _LANES if moved > 0 and polled.size > _LANES else 1
+        moved = _round(ctx, worker, polled, now_s, rounds, lanes)
         rounds += 1
         now = rdtsc()
         if moved > 0:
@@ -88,6 +92,22 @@ def poll_turn(
     record["busy_cycles"] += busy
     record["idle_cycles"] += mark - begin - busy
     return frames
+
+
+@jit
+def _round(
+    ctx: Record, worker: int, polled: Records, now_s: int, number: int, lanes: int
+) -> int:
+    """Serve what moved when it was last looked at, and one lane of the others."""
+    awake = int(ctx["awake"])
+    moved = 0
+    for at in range(polled.size):
+        if (at + number) & (lanes - 1) != 0 and load_u8(awake + at) == 0:
+            continue
+        n = _serve(ctx, worker, int(polled[at]), now_s)
+        store_u8(awake + at, int(n > 0))
+        moved += n
+    return moved
 
 
 @jit
