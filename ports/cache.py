@@ -22,7 +22,7 @@ _COMPLETE: Final = "complete"
 
 def cache_dir() -> Path:
     """The directory for these sources on this CPU with these Numba flags."""
-    return _base() / _digest()
+    return _base() / digest()
 
 
 def is_warm() -> bool:
@@ -67,18 +67,19 @@ def _is_private(directory: Path) -> bool:
 
 
 @cache
-def _digest() -> str:
-    digest = hashlib.sha256()
+def digest() -> str:
+    """What tells these sources, on this CPU with these Numba flags, from all others."""
+    whole = hashlib.sha256()
     root = Path(__file__).parent.parent
     for package in ("ports", "vswitch"):
         for path in sorted((root / package).rglob("*.py")):
-            digest.update(str(path.relative_to(root)).encode())
-            digest.update(path.read_bytes())
+            whole.update(str(path.relative_to(root)).encode())
+            whole.update(path.read_bytes())
     for name in sorted(os.environ):
         if name.startswith("NUMBA_"):
-            digest.update(f"{name}={os.environ[name]}".encode())
-    digest.update(_cpu_features())
-    return digest.hexdigest()[:16]
+            whole.update(f"{name}={os.environ[name]}".encode())
+    whole.update(_cpu_features())
+    return whole.hexdigest()[:16]
 
 
 def _cpu_features() -> bytes:

@@ -19,6 +19,7 @@ import typer
 
 from vswitch import __version__, privileges, qemu_line, tables
 from vswitch import start as starting
+from vswitch import upgrade as upgrading
 from vswitch.control import endpoint, rundir
 from vswitch.control.client import Client
 from vswitch.errors import EXIT_FAILED, NoManagerError, VswitchError
@@ -179,8 +180,12 @@ def _say_up(ready: dict[str, Any], seconds: float) -> None:
     print(f"up in {seconds:.1f} s: {', '.join(parts)}")
     if ready["adopted"]:
         print("the manager before was killed; its workers and guests went on")
+    _say_restored(ready)
+
+
+def _say_restored(ready: dict[str, Any]) -> None:
     if ready["why_anew"]:
-        text = f"warning: workers of a killed manager were ended: {ready['why_anew']}"
+        text = f"warning: workers of the manager before were ended: {ready['why_anew']}"
         print(f"{text}; guests connect anew", file=sys.stderr)
     restored = ready["restored"]
     if restored["ports"] or restored["addresses"]:
@@ -223,6 +228,48 @@ def down(
     finally:
         os.close(process)
     print("down")
+
+
+@app.command()
+def upgrade(context: typer.Context, as_json: Json = False) -> None:
+    """Go on by the code that is installed now, while guests stay and frames flow.
+
+    First the manager, then worker by worker. If the new code lays out shared memory
+    differently the switch is started anew, and guests connect anew.
+    """
+    run_dir = rundir.choose(context.obj)
+    workers = []
+    try:
+        with _Progress() as on_progress:
+            manager = upgrading.replace_manager(run_dir, on_progress)
+        if manager and not as_json:
+            _say_replaced(manager)
+        for renewed in upgrading.renew_workers(run_dir):
+            workers.append(renewed)
+            if not as_json:
+                print(_renewed_text(renewed))
+    except KeyboardInterrupt:
+        sys.exit(_INTERRUPTED)
+    if as_json:
+        _print_json({"manager": manager, "workers": workers})
+    elif not manager and not workers:
+        print(f"nothing to do: all of it is of this code, version {__version__}")
+
+
+def _say_replaced(ready: dict[str, Any]) -> None:
+    version = f"{ready['before']} to {ready['version']}"
+    took = f"{ready['seconds']:.1f} s without one"
+    print(f"manager: version {version}, {took}, pid {ready['pid']}")
+    if not ready["adopted"]:
+        _say_restored(ready)
+
+
+def _renewed_text(renewed: dict[str, Any]) -> str:
+    if renewed["heir"] is None:
+        return f"worker {renewed['worker']}: replaced; it was a spare"
+    gap = renewed["gap_s"]
+    stood = "it died by itself" if gap is None else f"{1000 * gap:.1f} ms without one"
+    return f"worker {renewed['worker']}: replaced by worker {renewed['heir']}, {stood}"
 
 
 def _end_orphans(run_dir: Path, *, keep: bool) -> int:

@@ -24,7 +24,8 @@ from typing import Any, Final, NoReturn
 
 import msgpack
 
-from vswitch import __version__, orphans, privileges, snapshot
+from ports import cache
+from vswitch import __version__, orphans, privileges, renewal, snapshot
 from vswitch import shared as segment
 from vswitch.control import rundir, state
 from vswitch.control.config import NOTHING
@@ -39,6 +40,7 @@ from vswitch.workers import Options, Workers
 
 _SAMPLE_S: Final = 1.0
 _LONGEST_LOG: Final = 8 << 20
+_AGAIN: Final = 75  # EX_TEMPFAIL: a service that restarts what failed starts us again
 
 _log = logging.getLogger(__name__)
 
@@ -52,8 +54,10 @@ class Manager:
         self._options = options
         self._report = report
         self._run_dir = Path(options.run_dir)
+        self._code = cache.digest()  # now: the files may be others soon
         self._done = asyncio.Event()
         self._keeps = False  # beyond its end, what is set
+        self._renewing = asyncio.Lock()
         self._commands: Commands = {
             "status": self._status,
             "add_port": self._add_port,
@@ -64,6 +68,8 @@ class Manager:
             "fdb_add": self._fdb_add,
             "fdb_del": self._fdb_del,
             "fdb_flush": self._fdb_flush,
+            "hand_over": self._hand_over,
+            "renew": self._renew,
             "down": self._down,
         }
 
@@ -157,7 +163,7 @@ class Manager:
             _leave(error.code)
         finally:
             if self._leaves:
-                _leave(0)
+                _leave(_AGAIN if self._options.foreground else 0)
             await self._ports.close()
             await self._workers.stop()
             self._kept.end()
@@ -173,13 +179,12 @@ class Manager:
             asyncio.create_task(self._sample_forever()),
             asyncio.create_task(self._settings.retry_forever()),
         ]
-        ready = {
-            "pid": os.getpid(),
+        self._began = {
             "restored": restored._asdict(),
             "adopted": self._adopted,
             "why_anew": self._why_anew,
         }
-        self._report({"ready": ready | self._describe()})
+        self._report({"ready": await self._status({})})
         _log.info("up pid=%d workers=%d", os.getpid(), self._options.workers)
         try:
             await self._done.wait()
@@ -212,7 +217,19 @@ class Manager:
     # --- commands ---
 
     async def _status(self, _: Arguments) -> Arguments:
-        return {"pid": os.getpid(), "version": __version__, **self._describe()}
+        words = {"pid": os.getpid(), "version": __version__, "code": self._code}
+        words["foreground"] = self._options.foreground
+        return words | self._began | self._describe()
+
+    async def _hand_over(self, _: Arguments) -> Arguments:
+        """End as if killed, for a successor that goes on with everything."""
+        self._keeps = self._leaves = True
+        self._done.set()
+        return {"pid": os.getpid()}
+
+    async def _renew(self, _: Arguments) -> Arguments:
+        async with self._renewing:
+            return await renewal.renew_one(self._workers)
 
     async def _down(self, wanted: Arguments) -> Arguments:
         self._keeps = bool(wanted.get("keep"))

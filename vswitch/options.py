@@ -22,8 +22,8 @@ def default_cpus() -> list[int]:
 def parse_options(arguments: Sequence[str]) -> argparse.Namespace:
     """The options of `python -m vswitch.manager`, over those of a configuration file.
 
-    Beside each option there are `file`, what the file says, and `said`, the options that
-    somebody gave, there or here.
+    Beside each option there are `file`, what the file says, `said`, the options that
+    somebody gave, there or here, and `foreground`, whether nobody waits for our start.
 
     Raises:
         VswitchError: The file cannot be read, or makes no sense.
@@ -43,12 +43,16 @@ def parse_options(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--socket-mode")
     said = vars(parser.parse_args(arguments))
     run_dir, path = said.pop("run_dir"), said.pop("config", None)
-    said.pop("status_fd", None)
+    foreground = said.pop("status_fd", None) is None
     config.check_switch(said)
     file = config.read(path) if path else config.NOTHING
     said = file.switch | said
     return argparse.Namespace(
-        **_defaults() | said, run_dir=run_dir, file=file, said=said
+        **_defaults() | said,
+        run_dir=run_dir,
+        file=file,
+        said=said,
+        foreground=foreground,
     )
 
 

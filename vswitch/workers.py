@@ -95,8 +95,10 @@ class _Process:
     sock: socket.socket
     started: float
     ready: bool = False
+    code: str = ""  # which sources it is of
     account: watch.Account = field(default_factory=watch.Account)
     hangs: bool = False  # found so, and killed
+    leaving: bool = False  # because we asked; its rings go to an heir all the same
     ending: bool = False  # because we asked
     outbox: deque[tuple[list[Any], tuple[int, ...]]] = field(default_factory=deque)
     due: dict[int, asyncio.Future[Any]] = field(default_factory=dict)
@@ -133,6 +135,8 @@ class Workers:
         self._mappings: dict[int, _Mapped] = {}  # by address
         self._fds: dict[int, int] = {}  # number in workers -> our own fd
         self._unrepaired: set[int] = set()  # numbers of the dead
+        self._inherited: dict[int, asyncio.Future[None]] = {}  # by those numbers
+        self._arrived = asyncio.Event()  # another worker is ready
         self._seq = 0
         self._backoff = _FIRST_BACKOFF_S
         self._stopping = False
@@ -177,8 +181,7 @@ class Workers:
                 self._bury(number)
         await self._learn_spans()
         total = self._options.active + self._options.spares
-        free = [n for n in range(MAX_WORKERS) if n not in self._processes]
-        for number in free[: max(0, total - len(self._processes))]:
+        for number in self._free_numbers()[: max(0, total - len(self._processes))]:
             self._spawn(number)
         if not self._ready():
             await self._start_until_ready(sorted(self._processes)[:1])
@@ -193,6 +196,7 @@ class Workers:
             self._kept.drop("worker", number)
             return
         process = self._track(number, int(item.words["pid"]), sock)
+        process.code = str(item.words.get("code", ""))
         if int(self._shared.workers[number]["state"]) in _AT_WORK:
             self._count_in(process)
 
@@ -509,6 +513,9 @@ class Workers:
             if mapped:
                 mapped.lost()
         elif message[0] == "ready" and not process.ready:
+            process.code = str(message[1])
+            words = {"pid": process.pid, "code": process.code}
+            self._kept.keep("worker", process.number, words, [process.sock.fileno()])
             self._welcome(process)
 
     def _welcome(self, process: _Process) -> None:
@@ -529,6 +536,7 @@ class Workers:
         self._tell(process, "sync", NOBODY)
         self._count_in(process)
         self._check_all_ready()
+        self._arrived.set()
 
     def _count_in(self, process: _Process) -> None:
         process.ready = True
@@ -539,6 +547,47 @@ class Workers:
         """A worker that cannot map what the others have sees zeroes there."""
         if answer.result() < 0 and mapped.mapping.addr in self._mappings:
             mapped.lost()
+
+    # --- renewal: what `renewal.py` is made of ---
+
+    def numbers(self, role: int, *, old: bool) -> list[int]:
+        """Workers at work that have a role, of other sources than ours or of ours."""
+        return [
+            number
+            for number in self._ready_numbers()
+            if self._role(number) == role
+            and (self._processes[number].code != cache.digest()) == old
+        ]
+
+    async def wait_for_spare(self) -> int:
+        """The number of a spare of our sources, once there is one; started if need be."""
+        if not self._options.spares and len(self._processes) == self._options.active:
+            if not (free := self._free_numbers()):
+                message = (
+                    f"cannot replace workers: {MAX_WORKERS} is the most, and without a "
+                    "spare there is no room for a new one (vswitch down --keep, then up)"
+                )
+                raise VswitchError(message)
+            self._spawn(free[0])
+        while not (spares := self.numbers(ROLE_SPARE, old=False)):
+            self._arrived.clear()
+            await self._arrived.wait()
+        return spares[0]
+
+    async def dismiss(self, number: int) -> float | None:
+        """Have a worker leave between two turns.
+
+        Returns:
+            Seconds from its last turn until its heir had taken up its rings, if it said
+            when that was.
+        """
+        process = self._processes[number]
+        process.leaving = True
+        inherited = asyncio.get_running_loop().create_future()
+        self._inherited[number] = inherited
+        left = await self._tell(process, "leave")
+        await inherited
+        return (time.monotonic_ns() - int(left)) / 1e9 if left else None
 
     # --- death ---
 
@@ -563,11 +612,16 @@ class Workers:
         if process.ending:
             return
         process.ending = True
+        if process.leaving:
+            self._on_message(process)  # when it left, as its last word
         code = _exit_code(process.pid)
         _step_aside(process.pid)
         cause = _name_of(code)
         serving = int(self._shared.workers[process.number]["serving"])
-        _log.warning("worker %d died: %s pid=%d", process.number, cause, process.pid)
+        what = "left" if process.leaving else "died"
+        _log.warning(
+            "worker %d %s: %s pid=%d", process.number, what, cause, process.pid
+        )
         was_active = self._role(process.number) == ROLE_ACTIVE
         self._forget(process)
         self._later(_reap(process), self._reaping)
@@ -622,6 +676,8 @@ class Workers:
         def done(dead: int, _: "asyncio.Future[Any]") -> None:
             if self._processes.get(heir.number) is heir:
                 self._unrepaired.discard(dead)
+                if inherited := self._inherited.pop(dead, None):
+                    inherited.set_result(None)
 
         for dead in sorted(self._unrepaired):
             answer = self._tell(heir, "sync", dead)
@@ -632,13 +688,17 @@ class Workers:
         loop = asyncio.get_running_loop()
         if loop.time() - process.started > _HEALTHY_S:
             self._backoff = _FIRST_BACKOFF_S
-        await asyncio.sleep(self._backoff)
-        self._backoff = min(2 * self._backoff, _LAST_BACKOFF_S)
+        if not process.leaving:
+            await asyncio.sleep(self._backoff)
+            self._backoff = min(2 * self._backoff, _LAST_BACKOFF_S)
+        lacking = self._options.active + self._options.spares - len(self._processes)
+        if lacking > 0 and not self._stopping:
+            self._spawn(self._free_numbers()[0])
+
+    def _free_numbers(self) -> list[int]:
+        """Not one that somebody is about to repair, if it can be helped."""
         free = [n for n in range(MAX_WORKERS) if n not in self._processes]
-        # Not a number that somebody is about to repair, if it can be helped.
-        free.sort(key=lambda number: number in self._unrepaired)
-        if free and not self._stopping:
-            self._spawn(free[0])
+        return sorted(free, key=lambda number: number in self._unrepaired)
 
     def _forget(self, process: _Process) -> None:
         loop = asyncio.get_running_loop()

@@ -28,7 +28,7 @@ def sources(tmp_path, monkeypatch):
 def forget():
     """As a new process would."""
     cache._base.cache_clear()
-    cache._digest.cache_clear()
+    cache.digest.cache_clear()
 
 
 def directory():

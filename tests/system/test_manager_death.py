@@ -180,7 +180,7 @@ def test_other_options_for_workers_start_them_anew(shell):
     code, _, warned = shell.run("up", "--poll", "busy")
     assert code == 0
     why = "poll was adaptive and is now busy; guests connect anew"
-    assert f"warning: workers of a killed manager were ended: {why}" in warned
+    assert f"warning: workers of the manager before were ended: {why}" in warned
     (after,) = shell.json("show")["workers"]
     assert after["pid"] != before["pid"]
     assert [port["name"] for port in shell.json("show")["ports"]] == ["vm1"]

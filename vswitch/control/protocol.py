@@ -13,10 +13,11 @@ is a list: a word, a sequence number where an answer is due, then arguments.
     ["fdb", seq, verb, args]    set, remove or flush: `vswitch.datapath.fdb`
     ["span", seq]               where our mappings and numbers are
     ["shed", seq, span]         give up all that were within it
+    ["leave", seq]              end between two turns; the answer is when (monotonic, ns)
 
     worker to manager
     ["progress", done, total]   functions compiled
-    ["ready"]
+    ["ready", code]             the digest of the sources that it runs
     ["ack", seq, result]        result: a number, negative for -errno; span: four
 """
 
