@@ -50,6 +50,13 @@ CASES: Final = (
         Load(1500, raw=False),
         quick=False,
     ),
+    Case("64-dpdk", "64 bytes, DPDK's generator", Load(64, dpdk=True), quick=False),
+    Case(
+        "1500-dpdk",
+        "1500 bytes, DPDK's generator",
+        Load(1500, dpdk=True),
+        quick=False,
+    ),
     Case(
         "512-packed",
         "512 bytes, packed rings",

@@ -6,7 +6,7 @@ from contextlib import ExitStack, contextmanager
 from itertools import groupby
 from typing import Any, Final, NamedTuple, Self
 
-from bench import machine, peers, traffic
+from bench import machine, peers, testpmd, traffic, virtio_user
 from bench.cases import IDLE, Case
 from bench.daemon import DaemonError
 from bench.machine import Place
@@ -57,6 +57,9 @@ def run(
     """
     missing = {name: kind.missing() for name, kind in kinds.items()}
     present = {name: kind for name, kind in kinds.items() if not missing[name]}
+    if any(case.load.dpdk for case in cases) and testpmd.missing():
+        missing[virtio_user.NAME] = testpmd.missing()
+        cases = [case for case in cases if not case.load.dpdk]
     result: dict[str, Any] = {
         "machine": machine.statement()
         | {"forwarding on": f"CPU {place.cpu}", "generating on": f"CPU {place.other}"},
@@ -135,12 +138,12 @@ def _measure(
         if name in failed:
             return None
         try:
-            return traffic.measure(plugs.get(party), place, plan.seconds)
+            return plugs.measure(party)
         except FAILURES as error:
             failed[name] = str(error)
             return None
 
-    with Plugs(plan) as plugs:
+    with Plugs(plan, place) as plugs:
         found = take_turns(plan.rounds, parties, attempt)
     slices: dict[Load, dict[str, Any]] = {load: {} for load in loads}
     for party, measured in zip(parties, found, strict=True):
@@ -157,21 +160,33 @@ def _measure(
 
 
 class Plugs:
-    """Guests of each system; they stay as long as they suit its load."""
+    """What is attached to each system; it stays as long as it suits the load."""
 
-    def __init__(self, plan: Plan) -> None:
-        self._plan = plan
-        self._there: dict[str, tuple[Wiring, _Guests]] = {}
+    def __init__(self, plan: Plan, place: Place) -> None:
+        self._plan, self._place = plan, place
+        self._there: dict[str, tuple[Wiring | Load, _Guests | virtio_user.Pair]] = {}
 
-    def get(self, party: Party) -> Streams:
-        """Streams of this load between guests that are attached and known."""
-        name, wiring = party.system.name, Wiring.of(party.load)
-        if name in self._there and self._there[name][0] != wiring:
-            self._there.pop(name)[1].close()
-        if name not in self._there:
-            guests = _Guests(party.system, wiring, self._plan.queue_size)
-            self._there[name] = (wiring, guests)
-        return self._there[name][1].streams(party.load)
+    def measure(self, party: Party) -> Slice:
+        """A slice of this load by guests, or DPDK, that are attached and known."""
+        there = self._attached(party)
+        if isinstance(there, virtio_user.Pair):
+            return there.measure(self._plan.seconds)
+        streams = there.streams(party.load)
+        return traffic.measure(streams, self._place, self._plan.seconds)
+
+    def _attached(self, party: Party) -> "_Guests | virtio_user.Pair":
+        system, load = party
+        wiring = load if load.dpdk else Wiring.of(load)
+        if system.name in self._there and self._there[system.name][0] != wiring:
+            self._there.pop(system.name)[1].close()
+        if system.name not in self._there:
+            new = (
+                virtio_user.Pair(system, load, self._plan.queue_size, self._place)
+                if load.dpdk
+                else _Guests(system, Wiring.of(load), self._plan.queue_size)
+            )
+            self._there[system.name] = (wiring, new)
+        return self._there[system.name][1]
 
     def __enter__(self) -> Self:
         return self

@@ -148,10 +148,6 @@ _FORWARDED: Final = re.compile(
 _CYCLES: Final = re.compile(r"total cycles=(\d+)")
 
 
-def _missing_testpmd() -> str:
-    return daemon.missing([testpmd.COMMAND], testpmd.PACKAGE)
-
-
 @contextmanager
 def _testpmd(directory: Path, need: Need, place: Place) -> Iterator[System]:
     """Each frame of a port goes to the next: no lookup, the bare cost of DPDK's vhost."""
@@ -324,6 +320,6 @@ def _sockets(directory: Path, need: Need) -> list[Path]:
 
 KINDS: Final = {
     "vswitch": Kind(_vswitch),
-    "testpmd": Kind(_testpmd, _missing_testpmd),
+    "testpmd": Kind(_testpmd, testpmd.missing),
     "ovs-dpdk": Kind(_ovs, ovs.missing_dpdk),
 }

@@ -194,7 +194,7 @@ def _cycles(slices: Sequence[Slice]) -> str:
 
 def _lost(slices: Sequence[Slice]) -> str:
     part = spread([one.lost for one in slices]).median
-    again = spread([one.reordered for one in slices]).median
+    again = spread([one.reordered or 0.0 for one in slices]).median
     return f"{part:.2%}" + (f", {again:.2%} out of order" if again else "")
 
 

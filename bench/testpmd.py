@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 from typing import IO, Final, Self
 
+from bench import daemon
 from bench.daemon import START_S, DaemonError
 
 COMMAND: Final = "dpdk-testpmd"
@@ -16,6 +17,11 @@ PACKAGE: Final = "dpdk-dev"
 _PROMPT: Final = b"testpmd> "
 # As root, DPDK's place for what a process needs while it runs.
 _RUN_DIR: Final = "/var/run/dpdk"
+
+
+def missing() -> str:
+    """Why there is none here, or nothing."""
+    return daemon.missing([COMMAND], PACKAGE)
 
 
 class Testpmd:

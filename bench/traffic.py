@@ -41,6 +41,7 @@ class Load(NamedTuple):
     packed: bool = False
     addresses: int = 1  # destinations a sender
     raw: bool = True
+    dpdk: bool = False  # DPDK's generator instead of ours; it has one pair
 
 
 class Slice(NamedTuple):
@@ -48,7 +49,7 @@ class Slice(NamedTuple):
 
     mpps: float  # received
     lost: float  # of the frames sent, from 0 to 1
-    reordered: float  # of those received
+    reordered: float | None  # of those received, where they are numbered
     cycles: float | None  # busy ones a frame, by the system's own account
     round_trip_ns: float  # the longer one of before and after
     waited: float  # for a processor, of the time: the generator's and the forwarder's
@@ -169,7 +170,7 @@ def measure(it: Streams, place: Place, seconds: float) -> Slice:
         waited = _waited(system, place) - waited
         work = system.work().since(before)
     near = max(near, machine.round_trip_ns(place.other, place.cpu))
-    _check(system.name, totals, work)
+    check(system.name, totals, work)
     return Slice(
         totals.mpps,
         1 - totals.received / max(totals.sent, 1),
@@ -216,7 +217,7 @@ def _waited(system: System, place: Place) -> float:
     return machine.own_wait_s() + machine.waited_s(system.group, place.cpu)
 
 
-def _check(name: str, totals: Totals, work: Work) -> None:
+def check(name: str, totals: Totals, work: Work) -> None:
     """Stop where the figures would be worth nothing."""
     harmed = totals.duplicates + totals.corrupt + totals.foreign
     lost = totals.sent - totals.received
