@@ -155,6 +155,15 @@ def _tables(result: Result) -> Iterator[Table]:
                 ("cycles a round", *map(_round_cycles, result["idle"].values())),
             ],
         )
+    if taps := result.get("taps"):
+        yield Table(
+            "From one tap to another, or on a bridge from one veth pair to another",
+            ("way", "TCP, Gb/s", "60 bytes, Mpps"),
+            [
+                (name, str(spread(one["tcp"])), str(spread(one["small"])))
+                for name, one in taps.items()
+            ],
+        )
     yield Table(
         "How the machine was",
         (

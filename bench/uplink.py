@@ -10,11 +10,11 @@ interface received. A ratio is the median over the slices' own, each with its ne
 
 import argparse
 import json
-import shutil
+import os
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from statistics import median
 from typing import Any, Final, NamedTuple
@@ -22,12 +22,24 @@ from typing import Any, Final, NamedTuple
 from bench import daemon, machine, report
 from bench.blast import Blaster
 from bench.judge import spread
+from bench.measure import FAILURES
 from bench.namespace import Namespace
 from bench.turns import take_turns
 from bench.ways import WAYS, Land, missing
 from vswitch import tables
 
-_BASE: Final = {"tap": "ovs tap", "eth": "ovs veth", "xdp": "ovs veth"}
+_BASES: Final = {
+    "tap": ("bridge", "ovs tap", "vde"),
+    "eth": ("bridge", "ovs veth"),
+    "xdp": ("bridge", "ovs veth"),
+}
+FULL: Final = (
+    "bridge",
+    "tap",
+    "ovs tap",
+    "vde",
+)  # beside the vhost-user ports' figures
+_FULL_S: Final = 1  # of a slice
 _START_S: Final = 30.0
 _SLACK_S: Final = 30.0
 _TEST_TYPE: Final = b"\x88\xb5"  # IEEE 802: for local experiments; nobody answers
@@ -96,11 +108,14 @@ def main() -> None:
     names = options.only.split(",")
     if unknown := set(names) - set(WAYS):
         parser.error(f"no such way: {', '.join(unknown)} (known: {', '.join(WAYS)})")
-    if shutil.which("iperf3") is None:
-        sys.exit("cannot measure TCP: there is no iperf3 (apt-get install iperf3)")
+    if lack := lacking():
+        sys.exit(f"cannot measure uplinks: {lack}")
     facts = machine.statement()
-    with ways(names) as present:
-        found = measure(present, options.seconds, options.slices)
+    try:
+        with ways(names) as present:
+            found = measure(present, options.seconds, options.slices)
+    except NoAnswerError as error:
+        sys.exit(str(error))
     if options.json:
         for name, measured in found.items():
             for figure in _as_json(name, measured):
@@ -114,6 +129,30 @@ def main() -> None:
     print(tables.align(("way", "TCP Gb/s", "60 B Mpps"), rows, frozenset({1, 2})))
     head = ("way", "to", "TCP", "60 B")
     print(tables.align(head, list(_ratios(found)), frozenset({2, 3})))
+
+
+def add_to(result: dict[str, Any], slices: int, say: Callable[[str], None]) -> None:
+    """Measure what kernel and user space can do with taps, for a report of the whole."""
+    what = "taps"
+    if lack := lacking():
+        result["left_out"][what] = lack
+        return
+    say("between taps")
+    result["left_out"] |= {name: missing(name) for name in FULL if missing(name)}
+    try:
+        with ways([name for name in FULL if not missing(name)]) as present:
+            found = measure(present, _FULL_S, slices)
+    except (NoAnswerError, *FAILURES) as error:
+        result["failed"][what] = str(error)
+    else:
+        result["taps"] = {name: one._asdict() for name, one in found.items()}
+
+
+def lacking() -> str:
+    """Why nothing of this can be measured here, or nothing."""
+    if os.geteuid() != 0:
+        return "network namespaces need root"
+    return daemon.missing(["iperf3"], "iperf3")
 
 
 def measure(present: list[Way], seconds: int, slices: int) -> dict[str, Measured]:
@@ -165,14 +204,15 @@ def _await_answer(way: Way) -> None:
             way.tcp(1)
         except (subprocess.CalledProcessError, NoAnswerError) as error:
             if time.monotonic() > deadline:
-                sys.exit(f"{way.name}: TCP does not come through: {error}")
+                message = f"{way.name}: TCP does not come through: {error}"
+                raise NoAnswerError(message) from error
         else:
             return
 
 
 def _ratios(found: dict[str, Measured]) -> Iterator[tuple[str, ...]]:
     """Each of our ways beside the others'."""
-    pairs = [(way, base) for way in _BASE for base in ("bridge", _BASE[way])]
+    pairs = [(way, base) for way, bases in _BASES.items() for base in bases]
     for name, base in pairs:
         if name in found and base in found:
             yield name, base, *map(_ratio, found[name], found[base])

@@ -1,4 +1,4 @@
-"""Ways from one network namespace to another: ours, the kernel's bridge, OVS.
+"""Ways from one network namespace to another: ours, the kernel's bridge, OVS, VDE.
 
 Each is a context manager that, given three namespaces and a number, makes interface
 `a<number>` in the first and `b<number>` in the last, with whatever joins them running in
@@ -12,6 +12,8 @@ from typing import Final, NamedTuple
 from bench import daemon, ovs
 from bench.namespace import Namespace
 from bench.rig import switch
+
+_VDE: Final = "vde_switch"
 
 
 class Land(NamedTuple):
@@ -109,6 +111,29 @@ def ovs_tap(land: Land, number: int) -> Iterator[None]:
         yield
 
 
+@contextmanager
+def vde_tap(land: Land, number: int) -> Iterator[None]:
+    """VDE's switch between two taps."""
+    with daemon.run_directory() as directory:
+        taps = [f"{letter}{number}" for _, letter in land.ends]
+        options = " ".join(f"-t {name}" for name in taps)
+        # It ends when nobody can type at it.
+        script = (
+            f"sleep infinity | {_VDE} -f /dev/null -s {directory}/sockets {options}"
+        )
+        log = directory / "log"
+        command = [*land.middle.prefix, "sh", "-c", script]
+        with daemon.running(command, log) as process:
+            daemon.wait_until(
+                lambda: all(land.middle.link(name) for name in taps),
+                "taps of VDE",
+                log,
+                process,
+            )
+            hand_out(land, number)
+            yield
+
+
 WAYS: Final[dict[str, Builder]] = {
     "bridge": bridge,
     "tap": tap,
@@ -116,11 +141,14 @@ WAYS: Final[dict[str, Builder]] = {
     "xdp": on_veths("xdp"),
     "ovs tap": ovs_tap,
     "ovs veth": ovs_veth,
+    "vde": vde_tap,
 }
 
 
 def missing(name: str) -> str:
     """Why a way cannot be had here, or nothing."""
+    if name == "vde":
+        return daemon.missing([_VDE], "vde2")
     return ovs.missing() if name.startswith("ovs") else ""
 
 

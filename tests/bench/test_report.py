@@ -5,8 +5,9 @@ from xml.etree import ElementTree as ET
 
 import pytest
 
-from bench import daemon, measure, ovs, report
+from bench import daemon, measure, ovs, report, uplink, ways
 from bench.baseline import figures, judge
+from bench.cases import CASES
 from bench.machine import Place
 from bench.measure import Plan
 from bench.peers import Kind
@@ -87,6 +88,23 @@ def test_idle_systems_are_shown(made_up):
     assert row(text, "that send nothing", "cycles a round") == ["94"]
 
 
+def test_ways_between_taps_are_shown(made_up):
+    made_up["taps"] = {
+        "bridge": {"tcp": [16.0, 17.0, 18.0], "small": [0.5, 0.5, 0.5]},
+        "vde": {"tcp": [1.0, 1.0, 1.0], "small": [0.25, 0.5, 0.25]},
+    }
+    shown = row(report.text(made_up), "From one tap", "vde")
+    assert shown == ["1.00 (1.00 to 1.00)", "0.25 (0.25 to 0.38)"]
+
+
+def test_taps_are_left_out_where_they_cannot_be_measured(made_up, monkeypatch):
+    monkeypatch.setattr(uplink, "lacking", lambda: "network namespaces need root")
+    uplink.add_to(made_up, 1, print)
+    said = report.text(made_up)
+    assert "taps is left out: network namespaces need root" in said
+    assert "From one tap" not in said
+
+
 def test_all_rows_are_in_the_document(made_up):
     said = report.markdown(made_up)
     assert "| 64 bytes | 42.00 (41.00 to 43.00) | 10.50 (10.25 to 10.75) |" in said
@@ -124,6 +142,23 @@ def test_open_vswitch_is_missing_where_its_commands_are(monkeypatch, tmp_path):
     monkeypatch.setenv("PATH", str(tmp_path))
     said = "ovsdb-tool is not installed (apt-get install openvswitch-switch"
     assert ovs.missing().startswith(said)
+
+
+def test_ways_are_missing_where_their_commands_are(monkeypatch, tmp_path):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert ways.missing("vde") == "vde_switch is not installed (apt-get install vde2)"
+    assert ways.missing("tap") == ways.missing("bridge") == ""
+
+
+def test_cases_of_a_generator_that_is_missing_are_left_out(monkeypatch, tmp_path):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    told = []
+    cases = [case for case in CASES if case.load.dpdk]
+    found = measure.run({}, cases, Plan(1, 0.1), Place(1, 0), told.append)
+    reason = "dpdk-testpmd is not installed (apt-get install dpdk-dev)"
+    assert told[0] == f"DPDK's generator is left out: {reason}"
+    assert cases
+    assert found["cases"] == []
 
 
 # --- the guard ------------------------------------------------------------------------
