@@ -32,6 +32,7 @@ MEMORY = 1 << 20
 MARGIN = 0x1800  # bytes at both ends of the file that are no guest memory
 CANARY = 0xA5
 STEPS = 40_000  # changes a round
+FATAL = (1 << 15) - 1  # one of so many breaks the ring
 REPEATABLE = 1 << 31
 
 # What is changed, by the row of the counts.
@@ -44,10 +45,11 @@ _FLAGS = np.array([0, 1, 2, 3, 4, 5, 6, 7])  # NEXT, WRITE, INDIRECT
 # A ring's row for the mutator.
 FIELDS = (
     *("desc", "desc_len", "avail", "avail_len", "used", "used_len"),
-    *("size", "packed", "kick_fd", "gpa", "gpa_len"),
+    *("size", "packed", "kick_fd", "gpa", "gpa_len", "place", "lap"),
 )
 DESC, DESC_LEN, AVAIL, AVAIL_LEN, USED, USED_LEN = range(6)
-ENTRIES, PACKED, KICK_FD, GUEST, GUEST_LEN = range(6, 11)
+ENTRIES, PACKED, KICK_FD, GUEST, GUEST_LEN, PLACE, LAP = range(6, 13)
+OWNER = 0x8080  # packed: AVAIL and USED
 
 
 @jit
@@ -64,6 +66,22 @@ def _below(state: int, limit: int) -> int:
 def _flip(addr: int, length: int, state: int) -> None:
     at = addr + _below(state, length)
     store_u8(at, load_u8(at) ^ 1 << (state >> 20 & 7))
+
+
+@jit
+def _flip_descriptor(ring: np.ndarray, state: int) -> None:
+    """Not whose it is, where that is said in it."""
+    row = ring[DESC] + 16 * _below(state, ring[ENTRIES])
+    _flip(row, 14 if ring[PACKED] != 0 else 16, _next(state))
+
+
+@jit
+def _flip_used(ring: np.ndarray, state: int) -> None:
+    """Not the index: from it, `_offer` sees how much the device has."""
+    if ring[PACKED] != 0:
+        _flip(ring[USED], ring[USED_LEN], state)
+    else:
+        _flip(ring[USED] + 4, ring[USED_LEN] - 4, state)
 
 
 @jit
@@ -84,7 +102,7 @@ def _describe(ring: np.ndarray, lengths: np.ndarray, flags: np.ndarray, s: int) 
     flag = flags[_below(s, flags.size)]
     if ring[PACKED] != 0:
         store_u16(at + 12, s >> 12 & 0x3F)
-        store_u16(at + 14, flag | (s >> 9 & 1) << 7 | (s >> 10 & 1) << 15)
+        store_u16(at + 14, flag | load_u16(at + 14) & OWNER)
     else:
         store_u16(at + 14, s >> 12 & (ring[ENTRIES] - 1))
         store_u16(at + 12, flag)
@@ -92,18 +110,54 @@ def _describe(ring: np.ndarray, lengths: np.ndarray, flags: np.ndarray, s: int) 
 
 @jit
 def _offer(ring: np.ndarray, s: int) -> None:
-    """A few more chains: what a driver does, without caring for what it has."""
+    """A few more chains, whatever they are, and no more than the ring has room for."""
     if ring[PACKED] != 0:
-        at = ring[DESC] + 16 * _below(s, ring[ENTRIES]) + 14
-        store_u16(at, load_u16(at) ^ 0x8080)
+        for _ in range(1 + (s >> 12 & 3)):
+            s = _next(s)
+            _offer_packed(ring, s)
         return
     index = load_u16(ring[AVAIL] + 2)
-    few = 1 + (s >> 12 & 3)
+    out = (index - load_u16(ring[USED] + 2)) & 0xFFFF
+    few = min(1 + (s >> 12 & 3), ring[ENTRIES] - out)
     for n in range(few):
         slot = (index + n) & (ring[ENTRIES] - 1)
         head = (s >> 20) + 7 * n & (ring[ENTRIES] - 1)
         store_u16(ring[AVAIL] + 4 + 2 * slot, head)
-    store_u16(ring[AVAIL] + 2, index + few)
+    if few > 0:
+        store_u16(ring[AVAIL] + 2, index + few)
+
+
+@jit
+def _offer_packed(ring: np.ndarray, s: int) -> None:
+    """The next descriptor, unless the device has not come to it since the last lap.
+
+    In the middle of a chain it never says so: now and then we go on all the same.
+    """
+    at = ring[DESC] + 16 * ring[PLACE] + 14
+    flags = load_u16(at)
+    mine, theirs = flags >> 7 & 1, flags >> 15 & 1
+    if mine != theirs and mine != ring[LAP] and s & 0xF000 != 0:
+        return
+    owner = 0x80 if ring[LAP] != 0 else 0x8000
+    store_u16(at, flags & 7 | owner)
+    ring[PLACE] += 1
+    if ring[PLACE] == ring[ENTRIES]:
+        ring[PLACE] = 0
+        ring[LAP] = 1 - ring[LAP]
+
+
+@jit
+def _break(ring: np.ndarray, s: int) -> int:
+    """What ends a ring, or lets it rest; which kind."""
+    if s >> 16 & 1:
+        _flip(ring[AVAIL], ring[AVAIL_LEN], s)
+        return 1
+    if ring[PACKED] != 0:
+        at = ring[DESC] + 16 * _below(s, ring[ENTRIES]) + 14
+        store_u16(at, load_u16(at) ^ s >> 20 & OWNER)
+    else:
+        store_u16(ring[AVAIL] + 2, s >> 20)
+    return 6
 
 
 @jit
@@ -121,16 +175,15 @@ def scribble(
         ring = rings[state >> 40 & 1]
         dice = _below(state, 1024)
         state = _next(state)
-        if dice < 150:
+        if state >> 20 & FATAL == 0:
+            kind = _break(ring, state)
+        elif dice < 100:
             kind = 0
-            _flip(ring[DESC], ring[DESC_LEN], state)
-        elif dice < 152:
-            kind = 1
-            _flip(ring[AVAIL], ring[AVAIL_LEN], state)
-        elif dice < 300:
+            _flip_descriptor(ring, state)
+        elif dice < 200:
             kind = 2
-            _flip(ring[USED], ring[USED_LEN], state)
-        elif dice < 600:
+            _flip_used(ring, state)
+        elif dice < 500:
             kind = 3
             _describe(ring, lengths, flags, state)
         elif dice < 900:
@@ -140,9 +193,6 @@ def scribble(
             kind = 5  # split: the last word of each area; packed: the area itself
             store_u16(ring[AVAIL] + ring[AVAIL_LEN] - 2, state >> 16)
             store_u16(ring[USED] + ring[USED_LEN] - 2, state >> 32)
-        elif dice < 981:
-            kind = 6
-            store_u16(ring[AVAIL] + 2, state >> 16)
         else:
             kind = 7
             eventfd_signal(ring[KICK_FD])
@@ -172,6 +222,14 @@ class RingFuzz:
     @property
     def counts(self):
         return Counter(dict(zip(KINDS, self._counts.tolist(), strict=True)))
+
+    @property
+    def tried(self):
+        """Chains of the scribbler's that were looked at, and rings that broke."""
+        seen = self.net.switch.counters("bad")
+        refused = seen["tx_drop_bad_chain"] + seen["tx_drop_too_long"]
+        chains = seen["rx_frames"] + seen["tx_frames"] + refused
+        return {"chains": chains, "broken": seen["broken_rings"]}
 
     def _fence_off(self, memory):
         """Tell the switch of less than the file has; the rest is never to change."""
@@ -229,6 +287,7 @@ class RingFuzz:
             *(word for pair in zip(areas, lengths, strict=True) for word in pair),
             *(int(ring[name]) for name in ("size", "packed", "kick_fd")),
             *(self._region.gpa, self._region.size),
+            *(int(ring["avail_idx"]), int(ring["avail_lap"])),
         ]
 
     def _begin_anew(self):
