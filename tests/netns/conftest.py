@@ -2,21 +2,16 @@ from contextlib import ExitStack
 
 import pytest
 
-from bench.namespace import Namespace
 from tests import requirements
+from tests.netns import uplink
 from tests.netns.uplink import Bench
 from tests.switch import Switch, remove_directory, short_directory
 from tests.system.net import ALL_CPUS
 
 
 def quiet_namespace():
-    """One in which the kernel sends nothing of its own accord."""
     requirements.require_root()
-    namespace = Namespace()
-    for which in ("all", "default"):
-        setting = f"/proc/sys/net/ipv6/conf/{which}/disable_ipv6"
-        namespace.run("sh", "-c", f"! [ -e {setting} ] || echo 1 > {setting}")
-    return namespace
+    return uplink.quiet_namespace()
 
 
 @pytest.fixture(scope="module")

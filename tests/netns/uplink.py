@@ -6,6 +6,7 @@ import socket
 import struct
 from contextlib import ExitStack, suppress
 
+from bench.namespace import Namespace
 from tests.switch import RefusedError
 from vswitch.guest import Guest
 
@@ -192,6 +193,15 @@ def hold(namespace, name, flags, offloads=None):
     if offloads is not None:
         fcntl.ioctl(file, _TUNSETOFFLOAD, offloads)
     return file
+
+
+def quiet_namespace():
+    """One in which the kernel sends nothing of its own accord. Needs root."""
+    namespace = Namespace()
+    for which in ("all", "default"):
+        setting = f"/proc/sys/net/ipv6/conf/{which}/disable_ipv6"
+        namespace.run("sh", "-c", f"! [ -e {setting} ] || echo 1 > {setting}")
+    return namespace
 
 
 def frame(dst, src, length=60, fill=0):

@@ -1,20 +1,36 @@
-"""Workers killed at random moments under full traffic; the long run is `make soak`."""
+"""Acts at random moments under full traffic; the long run is `make soak`."""
 
 import pytest
 
+from tests import requirements
+from tests.netns.uplink import quiet_namespace
+from tests.switch import Switch, remove_directory, short_directory
 from tests.system.mayhem import Mayhem, options
+from tests.system.net import Net
 
 SEED = 6
-ACTS = 10  # each
+MORE = 4  # acts, after one of each kind
 
 
+@pytest.mark.netns
 @pytest.mark.parametrize(
     ("packed", "workers"), [(False, 1), (True, 2)], ids=["split-1", "packed-2"]
 )
-def test_whoever_dies_when_guests_keep_their_sessions_and_their_bytes(
-    own_net, packed, workers
-):
-    net = own_net(*options(workers, spares=4))
-    Mayhem(net, SEED, packed=packed).run(ACTS)
-    for guest in net.guests:
-        guest.wait_ready()  # on the connection that it always had
+def test_whatever_is_done_guests_keep_their_sessions_and_their_bytes(packed, workers):
+    requirements.require_root()
+    directory = short_directory()
+    with (
+        quiet_namespace() as namespace,
+        Switch(directory, *options(workers, 4), prefix=namespace.prefix) as switch,
+    ):
+        net = Net(switch)
+        try:
+            mayhem = Mayhem(net, SEED, packed=packed, namespace=namespace)
+            mayhem.run(mayhem.kinds + MORE)
+            assert len(mayhem.acts) == mayhem.kinds
+            for guest in net.guests:
+                guest.wait_ready()  # on the connection that it always had
+            assert not any(guest.faults() for guest in net.guests)
+        finally:
+            net.close()
+    remove_directory(directory)
