@@ -61,8 +61,8 @@ bench-isolation: setup-tests ## measure what a misbehaving neighbour costs a pai
 bench-load: setup-tests ## measure what 126 idle guests cost two streams
 	@$(BIN)/python -m bench.load
 
-soak: setup-tests ## try what can go wrong at random for MINUTES (10), from SEED
-	@$(BIN)/python -m tests.soak --minutes $(or $(MINUTES),10) $(addprefix --seed ,$(SEED))
+soak: setup-tests ## try what can go wrong at random for MINUTES (10), from SEED, or one PART of it
+	@$(BIN)/python -m tests.soak --minutes $(or $(MINUTES),10) $(addprefix --seed ,$(SEED)) $(addprefix --part ,$(PART))
 
 format: setup-tests ## rewrite the sources as ruff likes them
 	@$(BIN)/ruff format . && $(BIN)/ruff check --fix .
