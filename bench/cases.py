@@ -3,7 +3,7 @@
 from typing import Final, NamedTuple
 
 from bench.peers import Need
-from bench.traffic import Load
+from bench.traffic import RING, TO_ALL, Load
 
 
 class Case(NamedTuple):
@@ -26,8 +26,10 @@ _MANY: Final = 1 << 16
 
 CASES: Final = (
     Case("64", "64 bytes", Load(64)),
+    Case("128", "128 bytes", Load(128), quick=False),
     Case("256", "256 bytes", Load(256), quick=False),
     Case("512", "512 bytes", Load(512)),
+    Case("1024", "1024 bytes", Load(1024), quick=False),
     Case("1500", "1500 bytes", Load(1500)),
     Case("64-both-ways", "64 bytes, both directions", Load(64, both_ways=True)),
     Case("64-packed", "64 bytes, packed rings", Load(64, packed=True), Load(64)),
@@ -65,6 +67,21 @@ CASES: Final = (
         quick=False,
     ),
     Case("9000", "9000 bytes", Load(9000)),
+    Case("64-4-ports", "64 bytes, 4 ports in pairs", Load(64, pairs=2), quick=False),
+    Case("64-8-ports", "64 bytes, 8 ports in pairs", Load(64, pairs=4), quick=False),
     Case("64-16-ports", "64 bytes, 16 ports in pairs", Load(64, pairs=8)),
+    Case(
+        "64-ring",
+        "64 bytes, 16 ports, each to the next",
+        Load(64, pairs=8, shape=RING),
+        quick=False,
+    ),
+    Case(
+        "64-to-all",
+        "64 bytes, one to 15 others by broadcast",
+        Load(64, pairs=8, shape=TO_ALL),
+        quick=False,
+    ),
+    Case("64-32-ports", "64 bytes, 32 ports in pairs", Load(64, pairs=16), quick=False),
 )
 IDLE: Final = "idle"  # not of frames: what systems take while nothing comes

@@ -13,7 +13,7 @@ import platform
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Final, NamedTuple
 
@@ -119,6 +119,19 @@ def cpu_seconds(group: int) -> float:
     return sum(_schedstat(thread)[0] for thread in _threads(group)) / 1e9
 
 
+def memory_mib(group: int) -> float:
+    """What a process group has in memory; a page that others have, too, in parts.
+
+    Huge pages of a file system of their own are among them: a daemon keeps those it has.
+    """
+    kib = 0
+    for process in _processes(group):
+        for line in (process / "smaps_rollup").read_text().splitlines():
+            if line.startswith(("Pss:", "Shared_Hugetlb:", "Private_Hugetlb:")):
+                kib += int(line.split()[1])
+    return kib / 1024
+
+
 def waited_s(group: int, cpu: int) -> float:
     """How long the group's threads that have just this processor had to wait for it."""
     mine = (t for t in _threads(group) if os.sched_getaffinity(int(t.name)) == {cpu})
@@ -131,12 +144,16 @@ def own_wait_s() -> float:
 
 
 def _threads(group: int) -> Iterator[Path]:
+    for process in _processes(group):
+        with suppress(OSError):  # it has ended
+            yield from (process / "task").iterdir()
+
+
+def _processes(group: int) -> Iterator[Path]:
     for process in Path("/proc").glob("[0-9]*"):
-        try:
+        with suppress(OSError):  # it has ended
             if os.getpgid(int(process.name)) == group:
-                yield from (process / "task").iterdir()
-        except OSError:
-            continue  # it has ended
+                yield process
 
 
 def _schedstat(thread: Path) -> tuple[int, int]:

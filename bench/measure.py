@@ -1,6 +1,7 @@
 """A run of the whole: cases one after the other, systems in turn within each."""
 
 import subprocess
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from itertools import groupby
@@ -65,6 +66,7 @@ def run(
         | {"forwarding on": f"CPU {place.cpu}", "generating on": f"CPU {place.other}"},
         "plan": plan._asdict(),
         "versions": {},
+        "starts": {},
         "left_out": {name: reason for name, reason in missing.items() if reason},
         "reference": [machine.reference()],
         "failed": {},
@@ -110,12 +112,15 @@ def _started(
         systems = []
         for name, kind in kinds.items():
             say(f"starting {name} with {need.ports} ports")
+            began = time.monotonic()
             try:
                 system = owned.enter_context(peers.running(name, kind, need, place))
             except FAILURES as error:
                 result["failed"][f"{name}, {need.ports} ports"] = str(error)
                 continue
             result["versions"][name] = system.version
+            if need == _IDLE_NEED:
+                result["starts"][name] = time.monotonic() - began
             systems.append(system)
         # Not before: what is started would have to stay there, too.
         owned.enter_context(machine.only_on(place.other))
@@ -130,6 +135,8 @@ def _measure(
     failed: dict[str, str],
 ) -> dict[str, Any]:
     """One case; a system that fails in it is named and not asked again."""
+    if case.load.shape != traffic.PAIRS:
+        systems = [system for system in systems if system.looks_up]
     loads = [case.load] if case.beside is None else [case.load, case.beside]
     parties = [Party(system, load) for system in systems for load in loads]
 

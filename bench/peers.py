@@ -76,6 +76,7 @@ class System:
     attaching: Phase = nullcontext  # it answers front-ends meanwhile
     work: Callable[[], Work] = _no_work
     guests_listen: bool = False
+    looks_up: bool = True  # not only from each port to its neighbour
 
 
 Start = Callable[[Path, Need, Place], AbstractContextManager[System]]
@@ -179,7 +180,9 @@ def _testpmd(directory: Path, need: Need, place: Place) -> Iterator[System]:
         version = found[1] if found else "of an unknown version"
         work = partial(_work_of_testpmd, pmd)
         # Its threads for front-ends go on when it does not forward.
-        yield System("", version, pmd.pid, paths, forwarding, work=work)
+        yield System(
+            *("", version, pmd.pid, paths, forwarding), work=work, looks_up=False
+        )
 
 
 def _work_of_testpmd(pmd: testpmd.Testpmd) -> Work:

@@ -152,6 +152,14 @@ def _tables(result: Result) -> Iterator[Table]:
                     "CPU",
                     *(f"{i['cpu_percent']:.1f} %" for i in result["idle"].values()),
                 ),
+                (
+                    "memory",
+                    *(f"{i['memory_mib']:.0f} MiB" for i in result["idle"].values()),
+                ),
+                (
+                    "start until its ports are there",
+                    *(f"{result['starts'][name]:.1f} s" for name in result["idle"]),
+                ),
                 ("cycles a round", *map(_round_cycles, result["idle"].values())),
             ],
         )

@@ -32,8 +32,13 @@ class CountsError(Exception):
     """What two sides counted does not agree."""
 
 
+PAIRS: Final = "pairs"  # every first port to every second one
+RING: Final = "ring"  # each to the next
+TO_ALL: Final = "to all"  # the first to all others, by broadcast
+
+
 class Load(NamedTuple):
-    """What is sent, from every first to every second port."""
+    """What is sent, and from where to where."""
 
     length: int = 64
     pairs: int = 1
@@ -42,15 +47,21 @@ class Load(NamedTuple):
     addresses: int = 1  # destinations a sender
     raw: bool = True
     dpdk: bool = False  # DPDK's generator instead of ours; it has one pair
+    shape: str = PAIRS
+
+    @property
+    def copies(self) -> int:
+        """How many times each frame arrives."""
+        return 2 * self.pairs - 1 if self.shape == TO_ALL else 1
 
 
 class Slice(NamedTuple):
     """One stretch of traffic."""
 
-    mpps: float  # received
-    lost: float  # of the frames sent, from 0 to 1
+    mpps: float  # received; of broadcasts, all copies
+    lost: float  # of what was to arrive, from 0 to 1
     reordered: float | None  # of those received, where they are numbered
-    cycles: float | None  # busy ones a frame, by the system's own account
+    cycles: float | None  # busy ones a copy to arrive, by the system's own account
     round_trip_ns: float  # the longer one of before and after
     waited: float  # for a processor, of the time: the generator's and the forwarder's
 
@@ -59,6 +70,7 @@ class Idle(NamedTuple):
     """A stretch without traffic."""
 
     cpu_percent: float
+    memory_mib: float  # its share of what its processes have in memory
     round_cycles: float | None  # of a round over empty rings
 
 
@@ -68,22 +80,14 @@ class Streams:
     def __init__(self, system: System, load: Load, guests: list[Guest]) -> None:
         """Lay out who sends to whom, and let the switch learn that."""
         self.system, self.load = system, load
-        ways = list(zip(guests[::2], guests[1::2], strict=True))
-        if load.both_ways:
-            ways += [(receiver, sender) for sender, receiver in ways]
+        self._senders, self._receivers = _ends(load, guests)
+        to_all = load.shape == TO_ALL
+        targets = [_BROADCAST] if to_all else [one.mac for one in self._receivers]
         self.generators = [
-            Generator(
-                sender,
-                receiver,
-                load.length,
-                addresses=load.addresses,
-                raw=load.raw,
-            )
-            for sender, receiver in ways
+            Generator(sender, to, load.length, addresses=load.addresses, raw=load.raw)
+            for sender, to in zip(self._senders, targets, strict=True)
         ]
-        self.sinks = [Sink(receiver, raw=load.raw) for _, receiver in ways]
-        self._receivers = [receiver for _, receiver in ways]
-        self._senders = [sender for sender, _ in ways]
+        self.sinks = [Sink(receiver, raw=load.raw) for receiver in self._receivers]
         with system.forwarding():
             self._introduce()
 
@@ -107,10 +111,21 @@ class Streams:
     def _is_known(self) -> bool:
         """Whether every stream has come through, and all its addresses several times."""
         enough = _LAPS * self.load.addresses
-        return all(
-            generator.sent >= enough and int(sink.flows["received"][0]) > 0
-            for generator, sink in zip(self.generators, self.sinks, strict=True)
+        return all(one.sent >= enough for one in self.generators) and all(
+            int(sink.flows["received"][0]) > 0 for sink in self.sinks
         )
+
+
+def _ends(load: Load, guests: list[Guest]) -> tuple[list[Guest], list[Guest]]:
+    """Who sends, and who receives; the first sends to the first, and so on."""
+    if load.shape == TO_ALL:
+        return guests[:1], guests[1:]
+    if load.shape == RING:
+        return guests, guests[1:] + guests[:1]
+    senders, receivers = guests[::2], guests[1::2]
+    if load.both_ways:
+        return senders + receivers, receivers + senders
+    return senders, receivers
 
 
 class Wiring(NamedTuple):
@@ -170,12 +185,13 @@ def measure(it: Streams, place: Place, seconds: float) -> Slice:
         waited = _waited(system, place) - waited
         work = system.work().since(before)
     near = max(near, machine.round_trip_ns(place.other, place.cpu))
-    check(system.name, totals, work)
+    check(system.name, totals, work, it.load.copies)
+    due = max(totals.sent * it.load.copies, 1)
     return Slice(
         totals.mpps,
-        1 - totals.received / max(totals.sent, 1),
+        1 - totals.received / due,
         totals.reordered / max(totals.received, 1),
-        None if work.cycles is None else work.cycles / max(totals.sent, 1),
+        None if work.cycles is None else work.cycles / due,
         near,
         waited / totals.seconds,
     )
@@ -197,9 +213,10 @@ def _idle(system: System, seconds: float) -> Idle:
         took = machine.cpu_seconds(system.group) - began
         percent = 100 * took / (time.monotonic() - begin)
         work = system.work().since(before)
+    memory = machine.memory_mib(system.group)
     if not work.idle_cycles or not work.idle_rounds:
-        return Idle(percent, None)
-    return Idle(percent, work.idle_cycles / work.idle_rounds)
+        return Idle(percent, memory, None)
+    return Idle(percent, memory, work.idle_cycles / work.idle_rounds)
 
 
 def _announce(guest: Guest, addresses: list[bytes]) -> None:
@@ -217,10 +234,10 @@ def _waited(system: System, place: Place) -> float:
     return machine.own_wait_s() + machine.waited_s(system.group, place.cpu)
 
 
-def check(name: str, totals: Totals, work: Work) -> None:
+def check(name: str, totals: Totals, work: Work, copies: int = 1) -> None:
     """Stop where the figures would be worth nothing."""
     harmed = totals.duplicates + totals.corrupt + totals.foreign
-    lost = totals.sent - totals.received
+    lost = copies * totals.sent - totals.received
     counted = {
         "taken": (work.frames, totals.sent),
         "delivered": (work.delivered, totals.received),

@@ -471,6 +471,22 @@ def demo(
     sys.exit(story.run(guests))
 
 
+@app.command(
+    add_help_option=False,
+    context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
+)
+def bench(context: typer.Context) -> None:
+    """Measure this switch beside others that are installed; `bench --help` tells how."""
+    here = Path(__file__).parent
+    # In the wheel it lies within the package, in a checkout beside it.
+    places = [here / "measurements", here.parent]
+    place = next(place for place in places if (place / "bench").is_dir())
+    path = os.pathsep.join(filter(None, [str(place), os.environ.get("PYTHONPATH")]))
+    command = [sys.executable, "-m", "bench", *context.args]
+    sys.stdout.flush()
+    os.execve(command[0], command, os.environ | {"PYTHONPATH": path})  # noqa: S606
+
+
 # --- how things are printed ---------------------------------------------------------
 
 

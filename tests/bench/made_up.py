@@ -33,4 +33,5 @@ def result(*cases, **more):
         "reference": [10.0, 11.0, 9.0],
         "cases": list(cases),
         "idle": {},
+        "starts": {},
     } | more

@@ -88,6 +88,26 @@ def test_dpdk_generates_both_ways_through_packed_rings():
             assert int(found["RX-bytes"]) > 1400 * int(found["RX-packets"]) > 0
 
 
+@pytest.mark.parametrize(("shape", "copies"), [(traffic.RING, 1), (traffic.TO_ALL, 3)])
+def test_every_port_has_its_part_of_a_shape(shape, copies):
+    load = traffic.Load(64, pairs=2, shape=shape)
+    place, need = machine.place(), Need(4, 1514)
+    with (
+        running("vswitch", KINDS["vswitch"], need, place) as system,
+        traffic.attached(system, traffic.Wiring.of(load), 256) as guests,
+    ):
+        streams = traffic.Streams(system, load, guests)
+        totals = streams.send(0.1)
+        one = traffic.measure(streams, place, 0.1)  # counts agree, or it says not
+    assert load.copies == copies
+    assert all(int(sink.flows["received"][0]) > 0 for sink in streams.sinks)
+    assert len(streams.sinks) == {traffic.RING: 4, traffic.TO_ALL: 3}[shape]
+    assert totals.received <= copies * totals.sent
+    if copies > 1:  # or it would be one to one other
+        assert totals.received > totals.sent
+    assert 0 <= one.lost < 1
+
+
 @pytest.mark.vm
 def test_frames_keep_their_order(result):
     slices = [one for case in result["cases"] for one in case["slices"]["vswitch"]]
@@ -105,6 +125,8 @@ def test_cycles_are_those_that_systems_tell(result):
 def test_idle_systems_were_looked_at(result):
     assert list(result["idle"]) == SYSTEMS
     assert result["idle"]["testpmd"]["cpu_percent"] > 0  # it polls
+    assert all(found["memory_mib"] > 10 for found in result["idle"].values())
+    assert all(result["starts"][name] > 0 for name in SYSTEMS)
 
 
 @pytest.mark.vm

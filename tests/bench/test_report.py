@@ -31,7 +31,10 @@ def made_up():
             ovs_dpdk=slices([10, 11, 10.5]),
             beside={"vswitch": slices([40, 44, 42])},
         ),
-        idle={"vswitch": {"cpu_percent": 0.25, "round_cycles": 94.4}},
+        idle={
+            "vswitch": {"cpu_percent": 0.25, "memory_mib": 301.6, "round_cycles": 94.4}
+        },
+        starts={"vswitch": 0.64},
         left_out={"vpp": "vpp is not installed (apt-get install vpp)"},
         failed={"testpmd, 64 bytes, packed": "it fell over"},
     )
@@ -86,6 +89,10 @@ def test_idle_systems_are_shown(made_up):
     text = report.text(made_up)
     assert row(text, "that send nothing", "CPU") == ["0.2 %"]
     assert row(text, "that send nothing", "cycles a round") == ["94"]
+    assert row(text, "that send nothing", "memory") == ["302 MiB"]
+    assert row(text, "that send nothing", "start until its ports are there") == [
+        "0.6 s"
+    ]
 
 
 def test_ways_between_taps_are_shown(made_up):

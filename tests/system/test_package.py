@@ -32,6 +32,7 @@ def test_the_wheel_in_a_clean_environment_gives_a_working_vswitch(tmp_path):
     }
     options = {"cwd": tmp_path, "env": environment}
     assert run(vswitch, "--version", **options).startswith("vswitch ")
+    assert "--systems" in run(vswitch, "bench", "--help", **options)
     run(vswitch, "up", **options)
     try:
         assert "-netdev vhost-user" in run(vswitch, "add-port", "vm1.sock", **options)
