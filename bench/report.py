@@ -23,6 +23,7 @@ from vswitch import tables
 
 OURS: Final = "vswitch"
 _DISTURBED: Final = "~"
+_TIMES: Final = {"single_us": "a single frame", "wake_us": "after 20 ms of silence"}
 Result = Mapping[str, Any]
 
 
@@ -159,6 +160,16 @@ def _tables(result: Result) -> Iterator[Table]:
                 (
                     "start until its ports are there",
                     *(f"{result['starts'][name]:.1f} s" for name in result["idle"]),
+                ),
+                *(
+                    (
+                        f"{what}, us: median, 99 %",
+                        *(
+                            "{:.1f}, {:.1f}".format(*found[name])
+                            for found in result["idle"].values()
+                        ),
+                    )
+                    for name, what in _TIMES.items()
                 ),
                 ("cycles a round", *map(_round_cycles, result["idle"].values())),
             ],

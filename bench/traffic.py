@@ -17,12 +17,23 @@ from bench.daemon import START_S
 from bench.machine import Place
 from bench.peers import System, Work
 from vswitch.guest import Guest
-from vswitch.guest.traffic import ETHERTYPE, Generator, Sink, Totals, run, spread
+from vswitch.guest.traffic import (
+    ETHERTYPE,
+    Generator,
+    Sink,
+    Totals,
+    hammer,
+    run,
+    spread,
+)
 
 _HEADER_LEN: Final = 12
 _ROOM: Final = 2048
 _WARM_S: Final = 0.1
 _TRIAL_S: Final = 0.02
+_SINGLES: Final = 5000
+_WAKES: Final = 50
+_SILENCE_US: Final = 20_000.0
 _LAPS: Final = 3  # some switches take the slow way for an address more than once
 _BROADCAST: Final = b"\xff" * 6
 _SHORTEST: Final = 60
@@ -67,7 +78,10 @@ class Slice(NamedTuple):
 
 
 class Idle(NamedTuple):
-    """A stretch without traffic."""
+    """A system with next to no traffic; of times, the median and what 99 % do not exceed."""
+
+    single_us: tuple[float, float]  # of a frame when the one before has arrived
+    wake_us: tuple[float, float]  # of a frame after a silence
 
     cpu_percent: float
     memory_mib: float  # its share of what its processes have in memory
@@ -201,11 +215,31 @@ def idle(system: System, seconds: float, queue_size: int) -> Idle:
     """What a system takes with two guests that send nothing."""
     load = Load()
     with attached(system, Wiring.of(load), queue_size) as guests:
+        with system.forwarding():
+            single, wake = _times(guests[0], guests[1])
         Streams(system, load, guests)
-        return _idle(system, seconds)
+        percent, memory, cycles = _idle(system, seconds)
+    return Idle(single, wake, percent, memory, cycles)
 
 
-def _idle(system: System, seconds: float) -> Idle:
+def _times(sender: Guest, receiver: Guest) -> list[tuple[float, float]]:
+    """Of single frames, and of those after a silence."""
+    _announce(receiver, [receiver.mac])
+    found = []
+    for rounds, gap_us in (
+        (_SINGLES // 10, 0.0),
+        (_SINGLES, 0.0),
+        (_WAKES, _SILENCE_US),
+    ):
+        one = hammer(sender, receiver, rounds, (gap_us, gap_us))
+        if one.arrived < rounds:
+            message = f"a frame of {rounds} was lost while nothing else was sent"
+            raise CountsError(message)
+        found.append((one.percentile(50), one.percentile(99)))
+    return found[1:]  # the first ones may have taken a slow way
+
+
+def _idle(system: System, seconds: float) -> tuple[float, float, float | None]:
     with system.forwarding():
         before = system.work()
         began, begin = machine.cpu_seconds(system.group), time.monotonic()
@@ -215,8 +249,8 @@ def _idle(system: System, seconds: float) -> Idle:
         work = system.work().since(before)
     memory = machine.memory_mib(system.group)
     if not work.idle_cycles or not work.idle_rounds:
-        return Idle(percent, memory, None)
-    return Idle(percent, memory, work.idle_cycles / work.idle_rounds)
+        return percent, memory, None
+    return percent, memory, work.idle_cycles / work.idle_rounds
 
 
 def _announce(guest: Guest, addresses: list[bytes]) -> None:

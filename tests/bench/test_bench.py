@@ -126,6 +126,9 @@ def test_idle_systems_were_looked_at(result):
     assert list(result["idle"]) == SYSTEMS
     assert result["idle"]["testpmd"]["cpu_percent"] > 0  # it polls
     assert all(found["memory_mib"] > 10 for found in result["idle"].values())
+    for found in result["idle"].values():
+        assert 0 < found["single_us"][0] <= found["single_us"][1]
+        assert 0 < found["wake_us"][0] <= found["wake_us"][1]
     assert all(result["starts"][name] > 0 for name in SYSTEMS)
 
 

@@ -32,7 +32,13 @@ def made_up():
             beside={"vswitch": slices([40, 44, 42])},
         ),
         idle={
-            "vswitch": {"cpu_percent": 0.25, "memory_mib": 301.6, "round_cycles": 94.4}
+            "vswitch": {
+                "single_us": [0.4, 1.25],
+                "wake_us": [31.5, 80.25],
+                "cpu_percent": 0.25,
+                "memory_mib": 301.6,
+                "round_cycles": 94.4,
+            }
         },
         starts={"vswitch": 0.64},
         left_out={"vpp": "vpp is not installed (apt-get install vpp)"},
@@ -89,6 +95,8 @@ def test_idle_systems_are_shown(made_up):
     text = report.text(made_up)
     assert row(text, "that send nothing", "CPU") == ["0.2 %"]
     assert row(text, "that send nothing", "cycles a round") == ["94"]
+    wake = row(text, "that send nothing", "after 20 ms of silence, us: median, 99 %")
+    assert wake == ["31.5, 80.2"]
     assert row(text, "that send nothing", "memory") == ["302 MiB"]
     assert row(text, "that send nothing", "start until its ports are there") == [
         "0.6 s"
