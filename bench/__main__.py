@@ -16,7 +16,7 @@ from typing import Final
 from bench import daemon, machine, measure, report, uplink
 from bench.cases import CASES, IDLE, Case
 from bench.measure import Plan
-from bench.peers import KINDS, Kind, by_command
+from bench.peers import KINDS, Kind, by_command, vpp_at
 
 _QUICK: Final = Plan(rounds=5, seconds=0.5)
 _FULL: Final = Plan(rounds=9, seconds=1.0)
@@ -67,6 +67,7 @@ def _parser() -> argparse.ArgumentParser:
         "--cpus", default="", metavar="N,M", help="to forward on, to generate on"
     )
     parser.add_argument("--out", type=Path, default=_OUT, help="directory to write to")
+    parser.add_argument("--vpp", metavar="PATH", help="VPP, where it is not on PATH")
     for name, text in (
         ("--peer", "a switch that listens at $SOCKETS; any number of them"),
         ("--peer-connects", "the same, but it connects to them"),
@@ -81,6 +82,8 @@ def _kinds(
     parser: argparse.ArgumentParser, options: argparse.Namespace
 ) -> dict[str, Kind]:
     known = dict(KINDS)
+    if options.vpp:
+        known["vpp"] = vpp_at(options.vpp)
     for given, connects in ((options.peer, False), (options.peer_connects, True)):
         for one in given:
             name, _, command = one.partition("=")

@@ -16,7 +16,7 @@ from functools import partial
 from pathlib import Path
 from typing import Final, NamedTuple
 
-from bench import daemon, machine, ovs, testpmd
+from bench import daemon, machine, ovs, testpmd, vpp
 from bench.machine import Place
 from bench.rig import switch
 from vswitch import __version__
@@ -261,6 +261,45 @@ def _work_of_ovs(it: ovs.Ovs) -> Work:
     )
 
 
+# --- VPP ----------------------------------------------------------------------------
+
+
+def vpp_at(command: str) -> Kind:
+    """VPP, by the command that starts it."""
+    return Kind(partial(_vpp, command), partial(vpp.missing, command))
+
+
+@contextmanager
+def _vpp(command: str, directory: Path, need: Need, place: Place) -> Iterator[System]:
+    """A bridge domain, which learns addresses, and one worker, which polls."""
+    with vpp.running(directory, command, place) as it:
+        paths = _sockets(directory, need)
+        for path in paths:
+            it.add_port(path)
+        turn = partial(_awake, it.pid)
+
+        @contextmanager
+        def forwarding() -> Iterator[None]:
+            with turn():
+                it.forget_cycles()
+                yield
+
+        version, work = it.version(), partial(_work_of_vpp, it)
+        with _halted(it.pid):
+            yield System("", version, it.pid, paths, forwarding, turn, work)
+
+
+def _work_of_vpp(it: vpp.Vpp) -> Work:
+    counters = it.counters()
+    dropped = counters["drops"]
+    return Work(
+        counters["rx packets"],
+        counters["tx packets"] - dropped,
+        dropped,
+        it.cycles(),
+    )
+
+
 # --- any other ----------------------------------------------------------------------
 
 
@@ -325,4 +364,5 @@ KINDS: Final = {
     "vswitch": Kind(_vswitch),
     "testpmd": Kind(_testpmd, testpmd.missing),
     "ovs-dpdk": Kind(_ovs, ovs.missing_dpdk),
+    "vpp": vpp_at(vpp.COMMAND),
 }

@@ -5,6 +5,7 @@ number into each frame and moves indexes; the sink checks every number. What it 
 to be what the switch counted, or there is no figure.
 """
 
+import os
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -176,6 +177,9 @@ def attached(system: System, wiring: Wiring, queue_size: int) -> Iterator[list[G
                 )
                 guests.append(guest)
                 guest.open()
+                # VPP starts a ring only at its first kick, and asks for none before.
+                for kick in guest.rings["kick_fd"]:
+                    os.eventfd_write(int(kick), 1)
         yield guests
     finally:
         with system.attaching():
