@@ -173,17 +173,17 @@ class Manager:
         self._keeps = self._done.is_set()  # a start that was broken off changes nothing
         self._leaves = self._keeps and self._adopted
         self._kept.watch()
+        self._began = {
+            "restored": restored._asdict(),
+            "adopted": self._adopted,
+            "why_anew": self._why_anew,
+        }
         server = ControlServer(self._run_dir / rundir.CONTROL, self._commands)
         await server.start()
         chores = [
             asyncio.create_task(self._sample_forever()),
             asyncio.create_task(self._settings.retry_forever()),
         ]
-        self._began = {
-            "restored": restored._asdict(),
-            "adopted": self._adopted,
-            "why_anew": self._why_anew,
-        }
         self._report({"ready": await self._status({})})
         _log.info("up pid=%d workers=%d", os.getpid(), self._options.workers)
         try:

@@ -81,30 +81,35 @@ class Channel:
             ProtocolError: The stream cannot be followed any further.
         """
         try:
+            most = HEADER_LEN
             if self._on_whole and self._deadline_s is None:
-                self._show_whole(self._on_whole)
-            return self._receive(now_s)
+                most = self._show_whole(self._on_whole)
+            return self._receive(now_s, most)
         except (ProtocolError, EOFError):
             self._drop_fds()
             raise
 
-    def _show_whole(self, show: Callable[[bytes, list[int]], None]) -> None:
+    def _show_whole(self, show: Callable[[bytes, list[int]], None]) -> int:
         """Show the next message before it is read, if all of it came in one piece.
+
+        Returns how much to read at once: then all of it, so whoever comes after a kill
+        finds either the whole message in the socket or nothing of it.
 
         What is shown with it are the first descriptors that wait. Linux has a look also
         behind a message that has none; whose they are, reading tells.
         """
         head, _ = self._peek(HEADER_LEN, 0)
         if len(head) < HEADER_LEN:
-            return
+            return HEADER_LEN
         try:
             size = decode_header(head).size
         except ProtocolError:
-            return  # reading says it
+            return HEADER_LEN  # reading says it
         data, fds = self._peek(HEADER_LEN + size, _CONTROL_LEN)
         if len(data) == HEADER_LEN + size:
             show(data, fds)
         close_fds(fds)
+        return len(data) if len(data) == HEADER_LEN + size else HEADER_LEN
 
     def _peek(self, length: int, room: int) -> tuple[bytes, list[int]]:
         flags = socket.MSG_PEEK | socket.MSG_CMSG_CLOEXEC
@@ -113,15 +118,15 @@ class Channel:
             return data, _fds_of(control)
         return b"", []
 
-    def _receive(self, now_s: float) -> Message | None:
+    def _receive(self, now_s: float, most: int) -> Message | None:
         if self._header is None:
-            if not self._fill(HEADER_LEN, now_s):
+            if not self._fill(HEADER_LEN, most, now_s):
                 return None
-            header = decode_header(bytes(self._data))
+            header = decode_header(bytes(self._data[:HEADER_LEN]))
             check_request(header)
             self._header = header
-            self._data.clear()
-        if not self._fill(self._header.size, now_s):
+            del self._data[:HEADER_LEN]
+        if not self._fill(self._header.size, self._header.size, now_s):
             return None
         return self._take_message(self._header)
 
@@ -135,12 +140,12 @@ class Channel:
         self._deadline_s = None
         return message
 
-    def _fill(self, wanted: int, now_s: float) -> bool:
+    def _fill(self, wanted: int, most: int, now_s: float) -> bool:
         """Read until `wanted` bytes are there; False where the rest is yet to come."""
         while len(self._data) < wanted:
             try:
                 data, control, flags, _ = self._sock.recvmsg(
-                    wanted - len(self._data), _CONTROL_LEN, socket.MSG_CMSG_CLOEXEC
+                    most - len(self._data), _CONTROL_LEN, socket.MSG_CMSG_CLOEXEC
                 )
             except (BlockingIOError, InterruptedError):
                 return False

@@ -17,7 +17,7 @@ from tests.system.net import (
 )
 from tests.system.shell import NO_MANAGER
 from vswitch import orphans
-from vswitch.guest import Guest
+from vswitch.guest import Guest, GuestError
 from vswitch.options import parse_options
 
 KILLS = 12
@@ -96,19 +96,28 @@ def test_workers_that_die_without_a_manager_are_replaced_by_the_next(own_net):
 
 
 def test_a_front_end_is_answered_whenever_the_manager_is_killed(own_net):
-    """It negotiates, comes and goes; no answer is lost and none comes twice."""
+    """It negotiates, comes and goes; no answer is lost and none comes twice.
+
+    But a connection that was accepted and not yet kept goes with the manager.
+    """
     net = own_net("--spares", 0)
     switch, dice = net.switch, random.Random(4)
     peer = net.guest("p")
     paths = {True: net.add_port("a"), False: net.add_port("b")}
+    unkept = []
     for number in range(KILLS):
         packed = bool(number % 2)
         done = threading.Event()
 
-        def come_and_go(packed=packed, done=done):
+        def come_and_go(packed=packed, done=done, number=number):
             while not done.is_set():
-                with Guest(paths[packed], packed=packed, timeout=60) as guest:
-                    guest.reset()
+                try:
+                    with Guest(paths[packed], packed=packed, timeout=60) as guest:
+                        guest.reset()
+                except GuestError as error:
+                    if "no answer to GET_FEATURES" not in str(error):  # its first
+                        raise
+                    unkept.append(number)
 
         guest = threading.Thread(target=come_and_go)
         guest.start()
@@ -120,6 +129,7 @@ def test_a_front_end_is_answered_whenever_the_manager_is_killed(own_net):
         done.set()
         guest.join(60)
         assert not guest.is_alive(), number
+    assert len(unkept) == len(set(unkept)) < KILLS / 2  # one a kill, if at all
     last = net.behind(paths[True], packed=True)
     last.open()
     exchange_both_ways(last, peer)

@@ -252,3 +252,40 @@ def test_sending_to_a_peer_that_left(pair):
     peer.close()
     with pytest.raises(EOFError):
         channel.send(GET)
+
+
+class Reads:
+    """A socket that counts how often something is taken out of it."""
+
+    def __init__(self, sock):
+        self._sock, self.count = sock, 0
+
+    def recvmsg(self, length, room, flags):
+        self.count += not flags & socket.MSG_PEEK
+        return self._sock.recvmsg(length, room, flags)
+
+    def __getattr__(self, name):
+        return getattr(self._sock, name)
+
+
+def test_what_came_in_one_piece_is_taken_by_one_read():
+    # A kill between two would leave a payload without its header.
+    ours, theirs = socket.socketpair()
+    shown = []
+
+    def show(data, fds):
+        shown.append((data, len(fds)))
+
+    reads = Reads(ours)
+    channel = Channel(reads, show)
+    send_files(theirs, KICK, 1)
+    send(theirs, GET)
+    kick, get = channel.receive(0), channel.receive(0)
+    assert (kick.request, get.request) == (Request.SET_VRING_KICK, Request.GET_FEATURES)
+    assert len(kick.fds) == 1
+    close_fds(kick.fds)
+    assert reads.count == 2
+    assert [data for data, _ in shown] == [KICK, GET]
+    assert channel.receive(0) is None
+    channel.close()
+    theirs.close()
