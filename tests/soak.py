@@ -84,6 +84,7 @@ def rings(seed, seconds):
 def control(seed, seconds):
     """Anything is said at the control socket."""
     with on_a_switch() as net:
+        net.switch.wait_for_workers(1, 1)
         deadline = time.monotonic() + seconds
         fuzz = ControlFuzz(net.switch, seed)
         fuzz.run(sys.maxsize, lambda: time.monotonic() < deadline)
