@@ -1,7 +1,5 @@
 """A switch of our own in a temporary directory."""
 
-import os
-import select
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -32,12 +30,8 @@ def _take_down(manager: Client, run_dir: Path) -> None:
     pid = rundir.holder(run_dir)
     if pid is None:
         return  # it is gone
-    process = os.pidfd_open(pid)
-    try:
+    with start.until_ended(pid):
         manager.ask("down")
-        select.select([process], [], [], daemon.START_S)
-    finally:
-        os.close(process)
 
 
 def _on_progress(done: int, total: int) -> None:

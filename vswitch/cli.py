@@ -6,7 +6,6 @@ done, 1 refused or failed, 2 usage, 3 no manager; 130 after Ctrl-C.
 
 import json
 import os
-import select
 import signal
 import sys
 import time
@@ -19,13 +18,11 @@ import typer
 
 from vswitch import __version__, privileges, qemu_line, tables
 from vswitch import start as starting
-from vswitch import upgrade as upgrading
 from vswitch.control import endpoint, rundir
 from vswitch.control.client import Client
 from vswitch.errors import EXIT_FAILED, NoManagerError, VswitchError
 
 _INTERRUPTED: Final = 130
-_DOWN_S: Final = 15.0
 _WATCH_S: Final = 1.0
 
 app = typer.Typer(
@@ -219,14 +216,8 @@ def down(
             text += "; what was set in the last run is kept"
             advice = f"vswitch up goes on from it, rm {left} forgets it"
         raise NoManagerError(f"{text} ({advice})")
-    process = os.pidfd_open(pid)
-    try:
+    with starting.until_ended(pid) as process:
         _ask_to_end(run_dir, process, keep=keep)
-        if not select.select([process], [], [], _DOWN_S)[0]:
-            text = f"the manager, pid {pid}, did not end within {_DOWN_S:.0f} s"
-            raise VswitchError(f"{text} (kill -9 {pid}, then vswitch up cleans up)")
-    finally:
-        os.close(process)
     print("down")
 
 
@@ -237,6 +228,8 @@ def upgrade(context: typer.Context, as_json: Json = False) -> None:
     First the manager, then worker by worker. If the new code lays out shared memory
     differently the switch is started anew, and guests connect anew.
     """
+    from vswitch import upgrade as upgrading  # noqa: PLC0415 (others need none of it)
+
     run_dir = rundir.choose(context.obj)
     workers = []
     try:

@@ -1,17 +1,21 @@
-"""Start a manager in the background and wait until frames can flow."""
+"""Start a manager in the background and wait until frames can flow; wait for one's end."""
 
 import os
+import select
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import msgpack
 
 from vswitch import privileges
 from vswitch.control import rundir
 from vswitch.errors import VswitchError
+
+_END_S: Final = 15.0
 
 
 def start(
@@ -52,6 +56,24 @@ def start(
     said = lines[-1] if lines else "nothing"
     text = f"the manager ended with status {process.returncode}, having said: {said}"
     raise VswitchError(f"{text} (more in {log})")
+
+
+@contextmanager
+def until_ended(pid: int) -> Iterator[int]:
+    """Have a manager told to end in the block, and wait for it; yields its pidfd.
+
+    Raises:
+        VswitchError: It does not end.
+    """
+    process = os.pidfd_open(pid)
+    try:
+        yield process
+        if not select.select([process], [], [], _END_S)[0]:
+            text = f"the manager, pid {pid}, did not end within {_END_S:.0f} s"
+            advice = f"kill -9 {pid}, then vswitch up goes on, vswitch down cleans up"
+            raise VswitchError(f"{text} ({advice})")
+    finally:
+        os.close(process)
 
 
 def command(arguments: Sequence[str]) -> list[str]:

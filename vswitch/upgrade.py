@@ -6,7 +6,6 @@ follow one by one (`renewal.py`).
 """
 
 import os
-import select
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -18,7 +17,6 @@ from vswitch import start as starting
 from vswitch.control.client import Client
 from vswitch.errors import NoManagerError, VswitchError
 
-_END_S: Final = 15.0
 _SERVICE_S: Final = 30.0
 _LOOK_S: Final = 0.05
 
@@ -42,13 +40,9 @@ def replace_manager(run_dir: Path, on_progress: OnProgress) -> dict[str, Any] | 
         pid = int(status["pid"])
         _check_ours(pid)
         _try_out(on_progress)
-        process = os.pidfd_open(pid)
-        try:
-            began = time.monotonic()
+        began = time.monotonic()
+        with starting.until_ended(pid):
             manager.ask("hand_over")
-            _wait_until_ended(process, pid)
-        finally:
-            os.close(process)
     if status["foreground"]:
         ready = _wait_for_service(run_dir)
     else:
@@ -82,19 +76,8 @@ def _try_out(on_progress: OnProgress) -> None:
         except VswitchError as error:
             message = f"the new code does not start, so nothing was changed: {error}"
             raise VswitchError(message) from error
-        process = os.pidfd_open(pid)
-        try:
-            with Client(run_dir) as trial:
-                trial.ask("down")
-            _wait_until_ended(process, pid)
-        finally:
-            os.close(process)
-
-
-def _wait_until_ended(process: int, pid: int) -> None:
-    if not select.select([process], [], [], _END_S)[0]:
-        text = f"the manager, pid {pid}, did not end within {_END_S:.0f} s"
-        raise VswitchError(f"{text} (kill -9 {pid}, then vswitch up goes on)")
+        with starting.until_ended(pid), Client(run_dir) as trial:
+            trial.ask("down")
 
 
 def _wait_for_service(run_dir: Path) -> dict[str, Any]:
