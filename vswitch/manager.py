@@ -57,6 +57,7 @@ class Manager:
         self._code = cache.digest()  # now: the files may be others soon
         self._done = asyncio.Event()
         self._keeps = False  # beyond its end, what is set
+        self._leaves_with = 0  # an exit code
         self._renewing = asyncio.Lock()
         self._commands: Commands = {
             "status": self._status,
@@ -163,7 +164,7 @@ class Manager:
             _leave(error.code)
         finally:
             if self._leaves:
-                _leave(_AGAIN if self._options.foreground else 0)
+                _leave(self._leaves_with)
             await self._ports.close()
             await self._workers.stop()
             self._kept.end()
@@ -224,6 +225,7 @@ class Manager:
     async def _hand_over(self, _: Arguments) -> Arguments:
         """End as if killed, for a successor that goes on with everything."""
         self._keeps = self._leaves = True
+        self._leaves_with = _AGAIN if self._options.foreground else 0
         self._done.set()
         return {"pid": os.getpid()}
 
