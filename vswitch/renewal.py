@@ -28,14 +28,13 @@ async def renew_one(workers: Workers) -> dict[str, Any]:
     if spares := workers.numbers(ROLE_SPARE, old=True):
         gap = await workers.dismiss(spares[0])
         return {"worker": spares[0], "heir": None, "gap_s": gap}
-    while old := workers.numbers(ROLE_ACTIVE, old=True):
-        heir = await _spare(workers)
-        if old[0] in workers.numbers(
-            ROLE_ACTIVE, old=True
-        ):  # it has not died meanwhile
-            gap = await workers.dismiss(old[0])
-            return {"worker": old[0], "heir": heir, "gap_s": gap}
-    return {}
+    if not workers.numbers(ROLE_ACTIVE, old=True):
+        return {}
+    heir = await _spare(workers)
+    if not (old := workers.numbers(ROLE_ACTIVE, old=True)):
+        return {}  # the last one has died meanwhile
+    gap = await workers.dismiss(old[0])
+    return {"worker": old[0], "heir": heir, "gap_s": gap}
 
 
 async def _spare(workers: Workers) -> int:

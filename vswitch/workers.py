@@ -180,8 +180,7 @@ class Workers:
             if number not in self._processes and self._was_used(number):
                 self._bury(number)
         await self._learn_spans()
-        total = self._options.active + self._options.spares
-        for number in self._free_numbers()[: max(0, total - len(self._processes))]:
+        for number in self._free_numbers()[: self._lacking]:
             self._spawn(number)
         if not self._ready():
             await self._start_until_ready(sorted(self._processes)[:1])
@@ -691,9 +690,14 @@ class Workers:
         if not process.leaving:
             await asyncio.sleep(self._backoff)
             self._backoff = min(2 * self._backoff, _LAST_BACKOFF_S)
-        lacking = self._options.active + self._options.spares - len(self._processes)
-        if lacking > 0 and not self._stopping:
+        if self._lacking and not self._stopping:
             self._spawn(self._free_numbers()[0])
+
+    @property
+    def _lacking(self) -> int:
+        """How many processes there are too few."""
+        total = self._options.active + self._options.spares
+        return max(0, total - len(self._processes))
 
     def _free_numbers(self) -> list[int]:
         """Not one that somebody is about to repair, if it can be helped."""
