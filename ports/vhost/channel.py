@@ -105,11 +105,13 @@ class Channel:
             size = decode_header(head).size
         except ProtocolError:
             return HEADER_LEN  # reading says it
-        data, fds = self._peek(HEADER_LEN + size, _CONTROL_LEN)
-        if len(data) == HEADER_LEN + size:
+        whole = HEADER_LEN + size
+        data, fds = self._peek(whole, _CONTROL_LEN)
+        complete = len(data) == whole
+        if complete:
             show(data, fds)
         close_fds(fds)
-        return len(data) if len(data) == HEADER_LEN + size else HEADER_LEN
+        return whole if complete else HEADER_LEN
 
     def _peek(self, length: int, room: int) -> tuple[bytes, list[int]]:
         flags = socket.MSG_PEEK | socket.MSG_CMSG_CLOEXEC
@@ -141,7 +143,10 @@ class Channel:
         return message
 
     def _fill(self, wanted: int, most: int, now_s: float) -> bool:
-        """Read until `wanted` bytes are there; False where the rest is yet to come."""
+        """Read until `wanted` bytes are there; False where the rest is yet to come.
+
+        No more than `most` bytes are taken, which may be more than those.
+        """
         while len(self._data) < wanted:
             try:
                 data, control, flags, _ = self._sock.recvmsg(
