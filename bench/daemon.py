@@ -33,6 +33,29 @@ def missing(commands: Sequence[str], package: str) -> str:
     return ""
 
 
+def ask(
+    command: Sequence[str], what: str, environment: Mapping[str, str] = os.environ
+) -> str:
+    """What a command that controls a daemon says; `what` it is called in an error.
+
+    Raises:
+        DaemonError: It failed, with what it said.
+    """
+    done = subprocess.run(
+        list(command),
+        check=False,
+        env=environment,
+        timeout=2 * START_S,
+        capture_output=True,
+        text=True,
+    )
+    if done.returncode:
+        said = done.stderr.strip() or done.stdout.strip()
+        message = f"{what} failed: {said}"
+        raise DaemonError(message)
+    return done.stdout
+
+
 @contextmanager
 def run_directory() -> Iterator[Path]:
     """A directory for one run; a short path, as sockets need."""

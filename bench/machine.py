@@ -120,9 +120,9 @@ def cpu_seconds(group: int) -> float:
 
 
 def memory_mib(group: int) -> float:
-    """What a process group has in memory; a page that others have, too, in parts.
+    """What a process group has in memory; of a page that others have, too, its share.
 
-    Huge pages of a file system of their own are among them: a daemon keeps those it has.
+    Huge pages are counted whole: the kernel does not share them out (proc_pid_smaps(5)).
     """
     kib = 0
     for process in _processes(group):

@@ -115,16 +115,5 @@ def _environment(directory: Path) -> dict[str, str]:
 
 
 def _run(directory: Path, *command: str) -> str:
-    done = subprocess.run(
-        command,
-        check=False,
-        env=_environment(directory),
-        timeout=2 * daemon.START_S,
-        capture_output=True,
-        text=True,
-    )
-    if done.returncode:
-        said = done.stderr.strip() or done.stdout.strip()
-        message = f"{command[0]} {command[-1]} failed: {said}"
-        raise daemon.DaemonError(message)
-    return done.stdout
+    what = f"{command[0]} {command[-1]}"
+    return daemon.ask(command, what, _environment(directory))

@@ -24,8 +24,6 @@ from vswitch.control import rundir
 from vswitch.control.client import Client
 
 _LONG: Final = 1514  # bytes of the longest frame that needs no setting
-_HEADROOM: Final = 128
-_MBUF_ROOM: Final = 2048
 _DPDK_MB: Final = 1024
 _ADDRESSES: Final = 1 << 16  # that a switch has to know behind one port
 
@@ -153,7 +151,7 @@ _CYCLES: Final = re.compile(r"total cycles=(\d+)")
 def _testpmd(directory: Path, need: Need, place: Place) -> Iterator[System]:
     """Each frame of a port goes to the next: no lookup, the bare cost of DPDK's vhost."""
     paths = _sockets(directory, need)
-    room = _MBUF_ROOM if need.length <= _LONG else need.length + _HEADROOM
+    room = testpmd.ROOM if need.length <= _LONG else need.length + testpmd.HEADROOM
     eal = [
         *(*_dpdk_memory(_DPDK_MB), "-v", "-m", str(_DPDK_MB)),
         # Nobody reads what it says of each message, and a full pipe would stop it.
@@ -163,7 +161,7 @@ def _testpmd(directory: Path, need: Need, place: Place) -> Iterator[System]:
     ]
     application = [
         *("--forward-mode=io", "--nb-cores=1", "--record-core-cycles"),
-        *("--no-flush-rx", f"--mbuf-size={room + _HEADROOM}"),
+        *("--no-flush-rx", f"--mbuf-size={room + testpmd.HEADROOM}"),
         f"--total-num-mbufs={1024 * (need.ports + 6)}",
     ]
     with testpmd.Testpmd("switch", eal, application) as pmd:

@@ -23,7 +23,6 @@ from vswitch import tables
 
 OURS: Final = "vswitch"
 _DISTURBED: Final = "~"
-_TIMES: Final = {"single_us": "a single frame", "wake_us": "after 20 ms of silence"}
 Result = Mapping[str, Any]
 
 
@@ -145,35 +144,7 @@ def _tables(result: Result) -> Iterator[Table]:
         [_row(case, names, _lost) for case in result["cases"]],
     )
     if result["idle"]:
-        yield Table(
-            "With two guests that send nothing",
-            ("", *result["idle"]),
-            [
-                (
-                    "CPU",
-                    *(f"{i['cpu_percent']:.1f} %" for i in result["idle"].values()),
-                ),
-                (
-                    "memory",
-                    *(f"{i['memory_mib']:.0f} MiB" for i in result["idle"].values()),
-                ),
-                (
-                    "start until its ports are there",
-                    *(f"{result['starts'][name]:.1f} s" for name in result["idle"]),
-                ),
-                *(
-                    (
-                        f"{what}, us: median, 99 %",
-                        *(
-                            "{:.1f}, {:.1f}".format(*found[name])
-                            for found in result["idle"].values()
-                        ),
-                    )
-                    for name, what in _TIMES.items()
-                ),
-                ("cycles a round", *map(_round_cycles, result["idle"].values())),
-            ],
-        )
+        yield _idle_table(result)
     if taps := result.get("taps"):
         yield Table(
             "From one tap to another, or on a bridge from one veth pair to another",
@@ -226,9 +197,36 @@ def _lost(slices: Sequence[Slice]) -> str:
     return f"{part:.2%}" + (f", {again:.2%} out of order" if again else "")
 
 
+def _idle_table(result: Result) -> Table:
+    found = {
+        name: one | {"start_s": result["starts"][name]}
+        for name, one in result["idle"].items()
+    }
+    return Table(
+        "With two guests that send nothing",
+        ("", *found),
+        [(what, *map(cell, found.values())) for what, cell in _IDLE.items()],
+    )
+
+
+def _times(one: tuple[float, float]) -> str:
+    median, most = one
+    return f"{median:.1f}, {most:.1f}"
+
+
 def _round_cycles(idle: Mapping[str, Any]) -> str:
     cycles = idle["round_cycles"]
     return "" if cycles is None else f"{cycles:.0f}"
+
+
+_IDLE: Final[dict[str, Callable[[Mapping[str, Any]], str]]] = {
+    "CPU": lambda one: f"{one['cpu_percent']:.1f} %",
+    "memory": lambda one: f"{one['memory_mib']:.0f} MiB",
+    "start until its ports are there": lambda one: f"{one['start_s']:.1f} s",
+    "a single frame, us: median, 99 %": lambda one: _times(one["single_us"]),
+    "after 20 ms of silence, us: median, 99 %": lambda one: _times(one["wake_us"]),
+    "cycles a round": _round_cycles,
+}
 
 
 def _ratio_row(case: Mapping[str, Any], peers: Sequence[str]) -> tuple[str, ...]:

@@ -14,6 +14,8 @@ from bench.daemon import START_S, DaemonError
 
 COMMAND: Final = "dpdk-testpmd"
 PACKAGE: Final = "dpdk-dev"
+HEADROOM: Final = 128  # of a buffer, before a frame
+ROOM: Final = 2048  # for a frame of usual length
 _PROMPT: Final = b"testpmd> "
 # As root, DPDK's place for what a process needs while it runs.
 _RUN_DIR: Final = "/var/run/dpdk"

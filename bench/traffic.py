@@ -28,6 +28,11 @@ from vswitch.guest.traffic import (
     spread,
 )
 
+# Who sends to whom.
+PAIRS: Final = "pairs"  # every first port to every second one
+RING: Final = "ring"  # each to the next
+TO_ALL: Final = "to all"  # the first to all others, by broadcast
+
 _HEADER_LEN: Final = 12
 _ROOM: Final = 2048
 _WARM_S: Final = 0.1
@@ -42,11 +47,6 @@ _SHORTEST: Final = 60
 
 class CountsError(Exception):
     """What two sides counted does not agree."""
-
-
-PAIRS: Final = "pairs"  # every first port to every second one
-RING: Final = "ring"  # each to the next
-TO_ALL: Final = "to all"  # the first to all others, by broadcast
 
 
 class Load(NamedTuple):
@@ -83,7 +83,6 @@ class Idle(NamedTuple):
 
     single_us: tuple[float, float]  # of a frame when the one before has arrived
     wake_us: tuple[float, float]  # of a frame after a silence
-
     cpu_percent: float
     memory_mib: float  # its share of what its processes have in memory
     round_cycles: float | None  # of a round over empty rings
@@ -222,8 +221,7 @@ def idle(system: System, seconds: float, queue_size: int) -> Idle:
         with system.forwarding():
             single, wake = _times(guests[0], guests[1])
         Streams(system, load, guests)
-        percent, memory, cycles = _idle(system, seconds)
-    return Idle(single, wake, percent, memory, cycles)
+        return Idle(single, wake, *_idle(system, seconds))
 
 
 def _times(sender: Guest, receiver: Guest) -> list[tuple[float, float]]:
@@ -244,6 +242,7 @@ def _times(sender: Guest, receiver: Guest) -> list[tuple[float, float]]:
 
 
 def _idle(system: System, seconds: float) -> tuple[float, float, float | None]:
+    """Its CPU, memory and cycles a round meanwhile, as in `Idle`."""
     with system.forwarding():
         before = system.work()
         began, begin = machine.cpu_seconds(system.group), time.monotonic()

@@ -33,12 +33,8 @@ _BASES: Final = {
     "eth": ("bridge", "ovs veth"),
     "xdp": ("bridge", "ovs veth"),
 }
-FULL: Final = (
-    "bridge",
-    "tap",
-    "ovs tap",
-    "vde",
-)  # beside the vhost-user ports' figures
+# Beside the figures of vhost-user ports.
+FULL: Final = ("bridge", "tap", "ovs tap", "vde")
 _FULL_S: Final = 1  # of a slice
 _START_S: Final = 30.0
 _SLACK_S: Final = 30.0
@@ -138,9 +134,10 @@ def add_to(result: dict[str, Any], slices: int, say: Callable[[str], None]) -> N
         result["left_out"][what] = lack
         return
     say("between taps")
-    result["left_out"] |= {name: missing(name) for name in FULL if missing(name)}
+    lacks = {name: missing(name) for name in FULL}
+    result["left_out"] |= {name: lack for name, lack in lacks.items() if lack}
     try:
-        with ways([name for name in FULL if not missing(name)]) as present:
+        with ways([name for name, lack in lacks.items() if not lack]) as present:
             found = measure(present, _FULL_S, slices)
     except (NoAnswerError, *FAILURES) as error:
         result["failed"][what] = str(error)

@@ -26,8 +26,6 @@ _WARM_S: Final = 0.1
 _QUIET_S: Final = 0.1  # after so long nothing more comes
 _MB: Final = 256
 _BUFFERS: Final = 2048  # beside those in rings
-_MBUF_ROOM: Final = 2048
-_HEADROOM: Final = 128
 _TO_ALL: Final = "ff:ff:ff:ff:ff:ff"
 # Neighbours forward to each other, so the order of devices says who is behind whom.
 _SENDER, _RECEIVER = 1, 2
@@ -178,7 +176,7 @@ def _options(
     system: System, load: Load, queue_size: int, place: Place
 ) -> tuple[list[str], list[str]]:
     """DPDK's options, and testpmd's."""
-    room = max(_MBUF_ROOM, load.length) + _HEADROOM
+    room = max(testpmd.ROOM, load.length) + testpmd.HEADROOM
     ring = f"queue_size={queue_size},packed_vq={load.packed:d}"
     ring += f",server={system.guests_listen:d}"
     drivers = [

@@ -2,7 +2,6 @@
 
 import re
 import shutil
-import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,7 +14,6 @@ COMMAND: Final = "vpp"
 _DOMAIN: Final = 1
 _BUFFERS: Final = 16384
 _BUFFERS_MB: Final = 64
-_TIMEOUT_S: Final = 2 * daemon.START_S
 # One worker, and nothing that it would find on this machine by itself (DPDK's devices).
 _CONFIGURATION: Final = """
 unix {{ nodaemon nosyslog runtime-dir {directory} cli-listen {directory}/cli.sock }}
@@ -45,17 +43,8 @@ class Vpp:
     def ask(self, command: str) -> str:
         """What it says to a command of its CLI."""
         socket = f"{self._directory}/cli.sock"
-        done = subprocess.run(
-            [self._command, "-s", socket, *command.split()],
-            check=False,
-            timeout=_TIMEOUT_S,
-            capture_output=True,
-            text=True,
-        )
-        if done.returncode:
-            message = f"vppctl {command} failed: {done.stderr.strip() or done.stdout}"
-            raise daemon.DaemonError(message)
-        return done.stdout.strip()
+        words = [self._command, "-s", socket, *command.split()]
+        return daemon.ask(words, f"vppctl {command}").strip()
 
     def tell(self, command: str) -> None:
         """Give it a command that has nothing to say, if it is understood.

@@ -36,14 +36,8 @@ def written(tmp_path_factory):
     directory = tmp_path_factory.mktemp("bench")
     main(
         [
-            *(
-                "--only",
-                "64,64-packed,64-dpdk,idle",
-                "--rounds",
-                "2",
-                "--seconds",
-                "0.1",
-            ),
+            *("--only", "64,64-packed,64-dpdk,idle"),
+            *("--rounds", "2", "--seconds", "0.1"),
             *("--systems", ",".join(SYSTEMS), "--peer-connects", f"calling={COMMAND}"),
             *("--out", str(directory)),
         ]
