@@ -20,10 +20,9 @@ from typing import NamedTuple
 from tests.fuzz.control import ControlFuzz
 from tests.fuzz.rings import RingFuzz
 from tests.netns.uplink import quiet_namespace
-from tests.switch import Switch, remove_directory, short_directory
 from tests.system import load
 from tests.system.mayhem import Mayhem, options
-from tests.system.net import Net
+from tests.system.net import on_a_switch
 
 ACTS = 60  # a round
 ROUNDS = 200  # of rings, on one switch
@@ -151,26 +150,6 @@ def form(packed):
 
 def counts(counter):
     return ", ".join(f"{name}: {count}" for name, count in counter.items())
-
-
-@contextlib.contextmanager
-def on_a_switch(*options, inside=None):
-    """Ports and guests on a switch of its own; its log where something goes wrong."""
-    directory = short_directory()
-    try:
-        with Switch(
-            directory, *options, prefix=inside.prefix if inside else ()
-        ) as switch:
-            net = Net(switch)
-            try:
-                yield net
-            except BaseException:
-                print(switch.log, file=sys.stderr)
-                raise
-            finally:
-                net.close()
-    finally:
-        remove_directory(directory)
 
 
 if __name__ == "__main__":

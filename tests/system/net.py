@@ -1,14 +1,16 @@
 """Guests on a switch, their traffic, and what /proc says of the processes."""
 
 import os
+import sys
 import threading
 import time
 from collections import Counter
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import numpy as np
 
+from tests.switch import Switch, remove_directory, short_directory
 from vswitch.guest import Guest, stream, traffic
 from vswitch.guest.traffic import Generator, Sink
 
@@ -95,6 +97,28 @@ class Net:
         left = {port["name"] for port in self.switch.ask("show")["ports"]}
         for name in left.intersection(self._ports):
             self.switch.ask("del_port", name=name)
+
+
+@contextmanager
+def on_a_switch(*options, inside=None):
+    """Ports and guests on a switch of its own, that may be inside a namespace.
+
+    Its log is printed where something goes wrong.
+    """
+    directory = short_directory()
+    try:
+        prefix = inside.prefix if inside else ()
+        with Switch(directory, *options, prefix=prefix) as switch:
+            net = Net(switch)
+            try:
+                yield net
+            except BaseException:
+                sys.stderr.write(switch.log)
+                raise
+            finally:
+                net.close()
+    finally:
+        remove_directory(directory)
 
 
 class Stream:

@@ -4,9 +4,8 @@ import pytest
 
 from tests import requirements
 from tests.netns.uplink import quiet_namespace
-from tests.switch import Switch, remove_directory, short_directory
 from tests.system.mayhem import Mayhem, options
-from tests.system.net import Net
+from tests.system.net import on_a_switch
 
 SEED = 6
 MORE = 4  # acts, after one of each kind
@@ -18,19 +17,13 @@ MORE = 4  # acts, after one of each kind
 )
 def test_whatever_is_done_guests_keep_their_sessions_and_their_bytes(packed, workers):
     requirements.require_root()
-    directory = short_directory()
     with (
         quiet_namespace() as namespace,
-        Switch(directory, *options(workers, 4), prefix=namespace.prefix) as switch,
+        on_a_switch(*options(workers, 4), inside=namespace) as net,
     ):
-        net = Net(switch)
-        try:
-            mayhem = Mayhem(net, SEED, packed=packed, namespace=namespace)
-            mayhem.run(mayhem.kinds + MORE)
-            assert len(mayhem.acts) == mayhem.kinds
-            for guest in net.guests:
-                guest.wait_ready()  # on the connection that it always had
-            assert not any(guest.faults() for guest in net.guests)
-        finally:
-            net.close()
-    remove_directory(directory)
+        mayhem = Mayhem(net, SEED, packed=packed, namespace=namespace)
+        mayhem.run(mayhem.kinds + MORE)
+        assert len(mayhem.acts) == mayhem.kinds
+        for guest in net.guests:
+            guest.wait_ready()  # on the connection that it always had
+        assert not any(guest.faults() for guest in net.guests)
