@@ -13,7 +13,7 @@ import sys
 from pathlib import Path
 from typing import Final
 
-from bench import daemon, machine, measure, report, uplink
+from bench import daemon, machine, measure, report, tcp, uplink
 from bench.cases import CASES, IDLE, Case
 from bench.measure import Plan
 from bench.peers import KINDS, Kind, by_command, vpp_at
@@ -41,6 +41,7 @@ def main(arguments: list[str] | None = None) -> None:
     )
     result = measure.run(kinds, cases, plan, place, _say, with_idle=with_idle)
     if options.full and not options.only and not options.systems:
+        tcp.add_to(result, plan.rounds, _say)
         uplink.add_to(result, plan.rounds, _say)
     options.out.mkdir(parents=True, exist_ok=True)
     for name, content in (

@@ -46,6 +46,11 @@ def spread(values: Sequence[float]) -> Spread:
     return Spread(median(values), low, high)
 
 
+def ratios(ours: Sequence[float], theirs: Sequence[float]) -> Spread:
+    """Of figures of the same rounds, each to its neighbour."""
+    return spread([one / other for one, other in zip(ours, theirs, strict=True)])
+
+
 def is_fast(one: Slice) -> bool:
     """Whether the machine was in its fast state."""
     return one.round_trip_ns < machine.FAST_NS

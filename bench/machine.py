@@ -10,6 +10,7 @@ long, and such a slice is worth nothing either.
 
 import os
 import platform
+import select
 import threading
 import time
 from collections.abc import Iterator
@@ -19,7 +20,15 @@ from typing import Final, NamedTuple
 
 import numpy as np
 
-from ports.native import jit, load_acquire_u64, pause, rdtsc, store_release_u64
+from ports.native import (
+    eventfd_signal,
+    jit,
+    load_acquire_u64,
+    pause,
+    rdtsc,
+    store_release_u64,
+    wait_epoll,
+)
 from vswitch.guest.traffic import tsc_hz
 
 FAST_NS: Final = 200.0  # a round trip below it: the cores share a cache
@@ -40,6 +49,29 @@ def round_trip_ns(cpu: int, other: int) -> float:
         cycles = _bounce(ping, pong, _TRIPS)
         echo.join()
     return cycles / _TRIPS / tsc_hz() * 1e9
+
+
+def wake_us(place: "Place", silence_us: float, rounds: int) -> tuple[float, float]:
+    """Microseconds until a bare sleeper has been woken: the median, and what 99 % take.
+
+    It sleeps on the forwarding processor in epoll on an eventfd, and does nothing else.
+    """
+    word, times = np.zeros(8, np.int64), np.zeros(rounds, np.int64)
+    event = np.zeros(2, np.int64)
+    fd = os.eventfd(0)
+    with select.epoll() as epoll, only_on(place.other):
+        epoll.register(fd, select.EPOLLIN | select.EPOLLET)
+        told = int(word.ctypes.data)
+        sleeper = threading.Thread(
+            target=_sleep_on,
+            args=(place.cpu, epoll.fileno(), int(event.ctypes.data), told, rounds),
+        )
+        sleeper.start()
+        _wake(fd, told, int(silence_us * tsc_hz() / 1e6), times)
+        sleeper.join()
+    os.close(fd)
+    median, most = np.percentile(times / tsc_hz() * 1e6, (50, 99))
+    return float(median), float(most)
 
 
 class Place(NamedTuple):
@@ -215,3 +247,29 @@ def _echo(ping: int, pong: int, trips: int) -> None:
         while load_acquire_u64(ping) != trip + 1:
             pause()
         store_release_u64(pong, trip + 1)
+
+
+def _sleep_on(cpu: int, epoll: int, event: int, told: int, rounds: int) -> None:
+    os.sched_setaffinity(0, {cpu})
+    _sleep(epoll, event, told, rounds)
+
+
+@jit
+def _sleep(epoll: int, event: int, told: int, rounds: int) -> None:
+    for number in range(rounds):
+        while wait_epoll(epoll, event, 1, -1) < 1:
+            pause()
+        store_release_u64(told, number + 1)
+
+
+@jit
+def _wake(fd: int, told: int, silence: int, times: np.ndarray) -> None:
+    for number in range(times.size):
+        begin = rdtsc()
+        while rdtsc() - begin < silence:
+            pause()
+        begin = rdtsc()
+        eventfd_signal(fd)
+        while load_acquire_u64(told) != number + 1:
+            pause()
+        times[number] = rdtsc() - begin

@@ -15,6 +15,7 @@ from bench.judge import (
     compare,
     is_fast,
     is_quiet,
+    ratios,
     spread,
     worth_showing,
 )
@@ -145,6 +146,8 @@ def _tables(result: Result) -> Iterator[Table]:
     )
     if result["idle"]:
         yield _idle_table(result)
+    if tcp := result.get("tcp"):
+        yield _tcp_table(tcp)
     if taps := result.get("taps"):
         yield Table(
             "From one tap to another, or on a bridge from one veth pair to another",
@@ -227,6 +230,26 @@ _IDLE: Final[dict[str, Callable[[Mapping[str, Any]], str]]] = {
     "after 20 ms of silence, us: median, 99 %": lambda one: _times(one["wake_us"]),
     "cycles a round": _round_cycles,
 }
+
+
+def _tcp_table(cases: Sequence[Mapping[str, Any]]) -> Table:
+    """Of the cases of `bench.tcp`."""
+    by_rings: dict[str, dict[bool, list[float]]] = {}
+    for case in cases:
+        rates = [one["gbps"] for one in case["slices"]]
+        by_rings.setdefault(case["rings"], {})[case["offloads"]] = rates
+    return Table(
+        f"TCP between two real guests (interpreted ones) by {OURS}, Gb/s",
+        ("rings", "with offloads", "without", "times"),
+        [
+            (
+                rings,
+                *(str(spread(rates[offloads])) for offloads in (True, False)),
+                str(ratios(rates[True], rates[False])),
+            )
+            for rings, rates in by_rings.items()
+        ],
+    )
 
 
 def _ratio_row(case: Mapping[str, Any], peers: Sequence[str]) -> tuple[str, ...]:

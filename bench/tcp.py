@@ -14,22 +14,24 @@ work is the limit, not the switch's; offloads save the guests work for every fra
 import argparse
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from statistics import median
 from typing import Any, Final, NamedTuple
 
 from bench import daemon, machine, report
-from bench.judge import spread
+from bench.judge import ratios, spread
+from bench.measure import FAILURES
 from bench.rig import switch
 from bench.turns import take_turns
 from vswitch import tables
 from vswitch.control.client import Client
 from vswitch.demo import image
-from vswitch.demo.qemu import Machine, QemuGuest
+from vswitch.demo.qemu import QEMU, Machine, QemuGuest
 
 _WARM_S: Final = 1
+_FULL_S: Final = 2.0  # of a slice
 _SLACK_S: Final = 30
 _FULL_SIZE: Final = 1600  # bytes of an ordinary frame at most, and then some
 
@@ -59,6 +61,10 @@ class Slice(NamedTuple):
     bytes_per_frame: float  # from the sender into the switch
 
 
+class CasesError(Exception):
+    """A case is not what it says."""
+
+
 class Pair(NamedTuple):
     """The guests of a case."""
 
@@ -81,7 +87,8 @@ class Pair(NamedTuple):
         sent = after["rx_bytes"] - before["rx_bytes"]
         received = end["sum_received"]
         if sent < received["bytes"]:
-            sys.exit(f"{received['bytes']} bytes arrived and {sent} came by the switch")
+            message = f"{received['bytes']} bytes arrived and {sent} came by the switch"
+            raise CasesError(message)
         return Slice(
             received["bits_per_second"] / 1e9,
             end["sum_sent"]["retransmits"],
@@ -101,14 +108,10 @@ def main() -> None:
     parser.add_argument("-j", "--json", action="store_true")
     options = parser.parse_args()
     facts = machine.statement() | {"guests": "QEMU's interpreter (TCG)"}
-    with pairs(CASES) as running:
-        for pair in running:
-            pair.run(_WARM_S)
-        found = take_turns(
-            options.slices, running, lambda pair: pair.run(options.seconds)
-        )
-    slices = dict(zip(CASES, found, strict=True))
-    _check(slices)
+    try:
+        slices = measure(options.seconds, options.slices)
+    except CasesError as error:
+        sys.exit(str(error))
     if options.json:
         for case, measured in slices.items():
             print(json.dumps(_as_json(case, measured)))
@@ -118,15 +121,42 @@ def main() -> None:
     head = ("rings", "offloads", "Gb/s", "bytes a frame", "retransmits")
     print(tables.align(head, rows, frozenset({2, 3, 4})))
     for rings in dict.fromkeys(case.rings for case in CASES):
-        ratio = spread(
-            [
-                one.gbps / other.gbps
-                for one, other in zip(
-                    slices[Case(rings, True)], slices[Case(rings, False)], strict=True
-                )
-            ]
-        )
+        both = (slices[Case(rings, offloads)] for offloads in (True, False))
+        ratio = ratios(*([one.gbps for one in some] for some in both))
         print(f"{rings} rings: {ratio} times as fast with offloads")
+
+
+def add_to(result: dict[str, Any], slices: int, say: Callable[[str], None]) -> None:
+    """Measure the same for a report of the whole."""
+    what = "TCP between real guests"
+    if lack := daemon.missing([QEMU], "qemu-system-x86"):
+        result["left_out"][what] = lack
+        return
+    say(what)
+    try:
+        found = measure(_FULL_S, slices)
+    except (CasesError, *FAILURES) as error:
+        result["failed"][what] = str(error)
+        return
+    result["tcp"] = [
+        case._asdict() | {"slices": [one._asdict() for one in measured]}
+        for case, measured in found.items()
+    ]
+
+
+def measure(seconds: float, slices: int) -> dict[Case, list[Slice]]:
+    """Let the cases take turns.
+
+    Raises:
+        CasesError: The figures would be worth nothing.
+    """
+    with pairs(CASES) as running:
+        for pair in running:
+            pair.run(_WARM_S)
+        found = take_turns(slices, running, lambda pair: pair.run(seconds))
+    by_case = dict(zip(CASES, found, strict=True))
+    _check(by_case)
+    return by_case
 
 
 @contextmanager
@@ -171,7 +201,8 @@ def _check(slices: dict[Case, list[Slice]]) -> None:
     for case, measured in slices.items():
         for one in measured:
             if (one.bytes_per_frame > _FULL_SIZE) != case.offloads:
-                sys.exit(f"{case.name}: {one.bytes_per_frame:.0f} bytes a frame")
+                message = f"{case.name}: {one.bytes_per_frame:.0f} bytes a frame"
+                raise CasesError(message)
 
 
 def _row(case: Case, slices: list[Slice]) -> tuple[str, ...]:

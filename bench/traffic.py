@@ -38,8 +38,8 @@ _ROOM: Final = 2048
 _WARM_S: Final = 0.1
 _TRIAL_S: Final = 0.02
 _SINGLES: Final = 5000
-_WAKES: Final = 50
-_SILENCE_US: Final = 20_000.0
+WAKES: Final = 50
+SILENCE_US: Final = 20_000.0
 _LAPS: Final = 3  # some switches take the slow way for an address more than once
 _BROADCAST: Final = b"\xff" * 6
 _SHORTEST: Final = 60
@@ -231,7 +231,7 @@ def _times(sender: Guest, receiver: Guest) -> list[tuple[float, float]]:
     for rounds, gap_us in (
         (_SINGLES // 10, 0.0),
         (_SINGLES, 0.0),
-        (_WAKES, _SILENCE_US),
+        (WAKES, SILENCE_US),
     ):
         one = hammer(sender, receiver, rounds, (gap_us, gap_us))
         if one.arrived < rounds:

@@ -21,7 +21,7 @@ from typing import Any, Final, NamedTuple
 
 from bench import daemon, machine, report
 from bench.blast import Blaster
-from bench.judge import spread
+from bench.judge import ratios, spread
 from bench.measure import FAILURES
 from bench.namespace import Namespace
 from bench.turns import take_turns
@@ -212,11 +212,7 @@ def _ratios(found: dict[str, Measured]) -> Iterator[tuple[str, ...]]:
     pairs = [(way, base) for way, bases in _BASES.items() for base in bases]
     for name, base in pairs:
         if name in found and base in found:
-            yield name, base, *map(_ratio, found[name], found[base])
-
-
-def _ratio(ours: list[float], theirs: list[float]) -> str:
-    return str(spread([one / other for one, other in zip(ours, theirs, strict=True)]))
+            yield name, base, *map(str, map(ratios, found[name], found[base]))
 
 
 def _as_json(name: str, measured: Measured) -> Iterator[dict[str, Any]]:

@@ -341,6 +341,12 @@ _c_syscall_6: Final = types.ExternalFunction("syscall", types.int64(*[types.int6
 _c_eventfd_write: Final = types.ExternalFunction(
     "eventfd_write", types.int32(types.int32, types.int64)
 )
+_c_epoll_wait: Final = types.ExternalFunction(
+    "epoll_wait", types.int32(types.int32, types.int64, types.int32, types.int32)
+)
+_c_setitimer: Final = types.ExternalFunction(
+    "setitimer", types.int32(types.int32, types.int64, types.int64)
+)
 _c_sched_yield: Final = types.ExternalFunction("sched_yield", types.int32())
 _c_errno: Final = types.ExternalFunction("__errno_location", types.int64())
 _c_memcpy: Final = types.ExternalFunction(
@@ -645,6 +651,21 @@ def wake_receiver(fd: int) -> int:
     return got if got >= 0 else -ctypes.get_errno()
 
 
+def wait_epoll(fd: int, events: int, room: int, timeout_ms: int) -> int:
+    """Wait for events, with place for so many; how many there are, or -errno."""
+    memory = ctypes.c_void_p(events)
+    got = int(_libc.epoll_wait(fd, memory, room, timeout_ms))
+    return got if got >= 0 else -ctypes.get_errno()
+
+
+_ITIMER_REAL: Final = 0  # <sys/time.h>
+
+
+def set_alarm(timer: int) -> None:
+    """Have SIGALRM as the struct itimerval at an address says."""
+    _libc.setitimer(_ITIMER_REAL, ctypes.c_void_p(timer), None)
+
+
 _IO_URING_ENTER: Final = 426  # <asm/unistd.h>
 
 
@@ -775,6 +796,23 @@ def _wake_receiver(fd: Any) -> Any:
     def body(fd: int) -> int:
         got = _c_recv(fd, 0, 0, _MSG_DONTWAIT)
         return got if got >= 0 else -_load_u32(_c_errno())
+
+    return body
+
+
+@overload(wait_epoll, strict=False)
+def _wait_epoll(fd: Any, events: Any, room: Any, timeout_ms: Any) -> Any:
+    def body(fd: int, events: int, room: int, timeout_ms: int) -> int:
+        got = _c_epoll_wait(fd, events, room, timeout_ms)
+        return got if got >= 0 else -_load_u32(_c_errno())
+
+    return body
+
+
+@overload(set_alarm, strict=False)
+def _set_alarm(timer: Any) -> Any:
+    def body(timer: int) -> None:
+        _c_setitimer(_ITIMER_REAL, timer, 0)
 
     return body
 

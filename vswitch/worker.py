@@ -37,16 +37,16 @@ from ports.vhost.virtio import NET_HDR_LEN
 from vswitch import lifeline, privileges, syscalls
 from vswitch import shared as segment
 from vswitch.control import protocol
-from vswitch.datapath import fdb, loop
-from vswitch.records import WORKER_POLLING, WORKER_SLEEPING
+from vswitch.datapath import fdb, loop, sleep
+from vswitch.records import WORKER_POLLING
 
 _TURN_NS: Final = 1_000_000
-_SLEEP_S: Final = 1.0  # then the fdb ages a little
-_NAP_S: Final = 0.001  # as long as there is a ring that nobody kicks
+_SLEEP_MS: Final = 1000  # then the fdb ages a little
+_NAP_MS: Final = 1  # as long as there is a ring that nobody kicks
 _EXPIRE_AWAKE: Final = 128  # buckets a turn
 _EXPIRE_ASLEEP: Final = 8192
 _PROGRESS_S: Final = 0.2
-_LONGEST_WAIT_S: Final = 0.01
+_LONGEST_WAIT_US: Final = 10_000
 
 _log = logging.getLogger(__name__)
 
@@ -78,9 +78,12 @@ class Worker:
         self._keep_handler = native.catch_bus_errors(self._replace)
         self._uring: Uring | None = None
         self._no_uring = ""
-        self._longest_sleep_s = _SLEEP_S
         self._epoll = select.epoll()
         self._epoll.register(sock.fileno(), select.EPOLLIN)
+        self._bed, self._keep_bed = sleep.make_bed(
+            self._epoll.fileno(), _LONGEST_WAIT_US
+        )
+        self._bed["longest_ms"] = _SLEEP_MS
         self._next_bucket = 0
         self._send_lock = threading.Lock()
         self._turn_cycles = 1
@@ -104,6 +107,7 @@ class Worker:
         reporter.start()
         try:
             loop.warm_up(self._ctx, self._number)
+            sleep.warm_up(self._ctx, self._number)
         finally:
             done.set()
             reporter.join()
@@ -128,7 +132,8 @@ class Worker:
         """Serve until the manager goes away."""
         # Nothing in a turn may wait; what a guest makes wait is interrupted.
         signal.signal(signal.SIGALRM, lambda *_: None)
-        signal.setitimer(signal.ITIMER_REAL, _LONGEST_WAIT_S, _LONGEST_WAIT_S)
+        longest_s = _LONGEST_WAIT_US / 1e6
+        signal.setitimer(signal.ITIMER_REAL, longest_s, longest_s)
         last_frame = time.monotonic_ns()
         while True:
             now_s = segment.elapsed_s(self._shared)
@@ -143,21 +148,17 @@ class Worker:
             self._handle_messages()
             idle = not moved and now - last_frame >= self._idle_ns
             if idle and not (self._busy and self._polled.size):
-                self._sleep()
+                self._sleep(now_s)
                 last_frame = time.monotonic_ns()
 
-    def _sleep(self) -> None:
-        """Sleep until a kick, a tap's frame, a message, or a second has passed."""
-        if loop.ask_for_kicks(self._ctx, self._number, self._polled) == 0:
-            self._record["state"] = WORKER_SLEEPING
-            signal.setitimer(signal.ITIMER_REAL, 0)
-            events = self._epoll.poll(self._longest_sleep_s)
-            signal.setitimer(signal.ITIMER_REAL, _LONGEST_WAIT_S, _LONGEST_WAIT_S)
-            self._record["state"] = WORKER_POLLING
-            self._record["wakeups"] += 1
-            if not events and self._longest_sleep_s == _SLEEP_S:
-                self._age(_EXPIRE_ASLEEP, segment.elapsed_s(self._shared))
-        loop.stop_kicks(self._ctx, self._number, self._polled)
+    def _sleep(self, now_s: int) -> None:
+        """Sleep until a kick, a tap's frame, a message, or the longest time has passed."""
+        events = sleep.sleep(
+            *(self._ctx, self._number, self._polled, self._bed),
+            *(now_s, self._turn_cycles),
+        )
+        if events == 0 and self._bed["longest_ms"] == _SLEEP_MS:
+            self._age(_EXPIRE_ASLEEP, segment.elapsed_s(self._shared))
 
     def _age(self, buckets: int, now_s: int) -> None:
         """Age the fdb; one worker is enough for that."""
@@ -287,7 +288,7 @@ class Worker:
         wanted = {int(fd) for fd in rings["kick_fd"] if fd >= 0}
         # vhost-user: without a kick descriptor we have to poll.
         unkicked = bool(np.any(rings["kick_fd"] < 0))
-        self._longest_sleep_s = _NAP_S if unkicked else _SLEEP_S
+        self._bed["longest_ms"] = _NAP_MS if unkicked else _SLEEP_MS
         for fd in self._watched - wanted:
             self._unwatch(fd)
         for fd in wanted - self._watched:

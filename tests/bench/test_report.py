@@ -5,7 +5,7 @@ from xml.etree import ElementTree as ET
 
 import pytest
 
-from bench import daemon, measure, ovs, report, uplink, ways
+from bench import daemon, measure, ovs, report, tcp, uplink, ways
 from bench.baseline import figures, judge
 from bench.cases import CASES
 from bench.machine import Place
@@ -110,6 +110,29 @@ def test_ways_between_taps_are_shown(made_up):
     }
     shown = row(report.text(made_up), "From one tap", "vde")
     assert shown == ["1.00 (1.00 to 1.00)", "0.25 (0.25 to 0.38)"]
+
+
+def test_tcp_between_guests_is_shown_with_and_without_offloads(made_up):
+    made_up["tcp"] = [
+        {
+            "rings": "split",
+            "offloads": offloads,
+            "slices": [{"gbps": gbps} for gbps in rates],
+        }
+        for offloads, rates in ((True, [3, 6, 4]), (False, [1, 2, 1]))
+    ]
+    assert row(report.text(made_up), "TCP between", "split") == [
+        "4.00 (3.50 to 5.00)",
+        "1.00 (1.00 to 1.50)",
+        "3.00 (3.00 to 3.50)",
+    ]
+
+
+def test_tcp_is_left_out_where_there_is_no_qemu(made_up, monkeypatch):
+    monkeypatch.setattr(tcp, "QEMU", "no-such-qemu")
+    tcp.add_to(made_up, 1, print)
+    said = report.text(made_up)
+    assert "TCP between real guests is left out: no-such-qemu is not installed" in said
 
 
 def test_taps_are_left_out_where_they_cannot_be_measured(made_up, monkeypatch):

@@ -1,6 +1,8 @@
 """Each native operation does in compiled code what its Python twin does."""
 
+import errno
 import os
+import select
 import signal
 import subprocess
 import sys
@@ -81,6 +83,16 @@ def jit_signal(fd):
     native.eventfd_signal(fd)
 
 
+@native.jit
+def jit_epoll(fd, events):
+    return native.wait_epoll(fd, events, 1, 0)
+
+
+@native.jit
+def jit_alarm(timer):
+    native.set_alarm(timer)
+
+
 def twin(function):
     return getattr(function, "py_func", function)
 
@@ -155,6 +167,35 @@ def test_eventfd_signal_counts_and_never_blocks():
         assert os.eventfd_read(fd) == 2
     finally:
         os.close(fd)
+
+
+@pytest.mark.parametrize("wait", [jit_epoll, twin(jit_epoll)], ids=["jit", "twin"])
+def test_wait_epoll_says_how_many_events_there_are_or_the_errno(wait):
+    memory = np.zeros(12, np.uint8)
+    fd = os.eventfd(0)
+    try:
+        with select.epoll() as epoll:
+            epoll.register(fd, select.EPOLLIN | select.EPOLLET)
+            assert wait(epoll.fileno(), memory.ctypes.data) == 0
+            os.eventfd_write(fd, 1)
+            assert wait(epoll.fileno(), memory.ctypes.data) == 1
+            assert wait(epoll.fileno(), memory.ctypes.data) == 0  # an edge comes once
+            assert wait(fd, memory.ctypes.data) == -errno.EINVAL
+    finally:
+        os.close(fd)
+
+
+@pytest.mark.parametrize("set_", [jit_alarm, twin(jit_alarm)], ids=["jit", "twin"])
+def test_set_alarm_sets_the_timer_of_the_process(set_):
+    timer = np.array([0, 0, 1000, 500_000], np.int64)
+    before = signal.getitimer(signal.ITIMER_REAL)  # this test's own deadline
+    try:
+        set_(timer.ctypes.data)
+        left, interval = signal.getitimer(signal.ITIMER_REAL)
+        assert 900 < left <= 1000.5
+        assert interval == 0
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, *before)
 
 
 def test_map_fixed_refuses_to_replace_a_mapping():
