@@ -20,6 +20,7 @@ from typing import Any, Final
 from bench import daemon, machine, measure, report
 from bench.cases import CASES
 from bench.judge import ENOUGH, Spread, is_fast, is_quiet, spread
+from bench.machine import Place
 from bench.measure import Plan
 from bench.peers import KINDS
 from bench.traffic import Slice
@@ -28,6 +29,7 @@ from vswitch import tables
 FILE: Final = Path(__file__).with_name("baseline.json")
 TOLERANCE: Final = 0.1
 _PLAN: Final = Plan(rounds=7, seconds=0.5)
+_ATTEMPTS: Final = 5  # at a case that is too noisy to judge
 _GUARDED: Final = ("64", "512", "1500", "64-packed", "64-16-ports")
 _SLOWER, _TOO_NOISY = 1, 2
 
@@ -52,21 +54,10 @@ def main(arguments: list[str] | None = None) -> None:
         place = machine.place(options.cpus)
     except ValueError as error:
         parser.error(f"cannot use --cpus: {error}")
-    cases = [case for case in CASES if case.name in _GUARDED]
-    result = measure.run(
-        {report.OURS: KINDS[report.OURS]},
-        cases,
-        _PLAN,
-        place,
-        lambda what: print(what, file=sys.stderr),
-        with_idle=False,
-    )
-    if result["failed"]:
-        sys.exit(f"cannot measure: {result['failed']}")
-    now = figures(result)
-    print(report.facts(result["machine"]))
+    now, facts = _measure(place)
+    print(report.facts(facts))
     if options.write:
-        _write(options.file, now, result["machine"])
+        _write(options.file, now, facts)
     else:
         before = json.loads(options.file.read_text())
         text, status = judge(before["figures"], now)
@@ -75,6 +66,29 @@ def main(arguments: list[str] | None = None) -> None:
         )
         print(text)
         sys.exit(status)
+
+
+def _measure(place: Place) -> tuple[Figures, dict[str, str]]:
+    """What can be judged of the guarded cases, and what was the machine."""
+    found: Figures = {}
+    facts: dict[str, str] = {}
+    for _ in range(_ATTEMPTS):
+        cases = [case for case in CASES if case.name in {*_GUARDED} - {*found}]
+        if not cases:
+            break
+        result = measure.run(
+            {report.OURS: KINDS[report.OURS]},
+            cases,
+            _PLAN,
+            place,
+            lambda what: print(what, file=sys.stderr),
+            with_idle=False,
+        )
+        if result["failed"]:
+            sys.exit(f"cannot measure: {result['failed']}")
+        found |= figures(result)
+        facts = result["machine"]
+    return found, facts
 
 
 def figures(result: Mapping[str, Any]) -> Figures:
