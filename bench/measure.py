@@ -62,7 +62,8 @@ def run(
         missing[virtio_user.NAME] = testpmd.missing()
         cases = [case for case in cases if not case.load.dpdk]
     result: dict[str, Any] = {
-        "machine": _machine(place, with_idle=with_idle),
+        "machine": machine.statement()
+        | {"forwarding on": f"CPU {place.cpu}", "generating on": f"CPU {place.other}"},
         "plan": plan._asdict(),
         "versions": {},
         "starts": {},
@@ -87,25 +88,25 @@ def run(
                 result["reference"].append(machine.reference())
             if with_idle and need == _IDLE_NEED:
                 say(IDLE)
-                seconds = _IDLE_SLICES * plan.seconds
-                for system in systems:
-                    try:
-                        found = traffic.idle(system, seconds, plan.queue_size)
-                    except FAILURES as error:
-                        result["failed"][f"{system.name}, {IDLE}"] = str(error)
-                    else:
-                        result["idle"][system.name] = found._asdict()
+                _measure_idle(systems, plan, place, result)
     return result
 
 
-def _machine(place: Place, *, with_idle: bool) -> dict[str, str]:
-    said = machine.statement()
-    said["forwarding on"] = f"CPU {place.cpu}"
-    said["generating on"] = f"CPU {place.other}"
-    if with_idle:  # what no system that sleeps can do better
-        median, most = machine.wake_us(place, traffic.SILENCE_US, traffic.WAKES)
-        said["a bare sleeper wakes"] = f"in {median:.1f} us, 99 % in {most:.1f} us"
-    return said
+def _measure_idle(
+    systems: Sequence[System], plan: Plan, place: Place, result: dict[str, Any]
+) -> None:
+    """What each takes while nothing comes, and how soon the machine wakes anybody."""
+    median, most = machine.wake_us(place, traffic.SILENCE_US, traffic.WAKES)
+    said = f"in {median:.1f} us, 99 % in {most:.1f} us"
+    result["machine"]["a bare sleeper wakes"] = said
+    seconds = _IDLE_SLICES * plan.seconds
+    for system in systems:
+        try:
+            found = traffic.idle(system, seconds, plan.queue_size)
+        except FAILURES as error:
+            result["failed"][f"{system.name}, {IDLE}"] = str(error)
+        else:
+            result["idle"][system.name] = found._asdict()
 
 
 @contextmanager
