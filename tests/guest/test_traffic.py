@@ -141,6 +141,48 @@ def test_other_numbers_of_addresses_are_refused(attach, count):
         Generator(guest, guest, addresses=count)
 
 
+@FORMATS
+def test_each_frame_that_is_due_is_sent_missed_or_late(attach, ring):
+    guest = attach(**ring)
+    generator = Generator(guest, guest, pace=4000)
+    totals = run([generator], [Sink(guest)], seconds=0.5)
+    due = totals.sent + totals.missed + totals.late
+    assert abs(due - 2000) <= 1
+    assert totals.received == totals.sent > 0
+
+
+def test_what_is_due_while_the_ring_is_full_is_missed(attach):
+    guest = attach(queue_size=64)
+    generator = Generator(guest, guest, pace=5e6)  # the echo is not as fast by far
+    totals = run([generator], [Sink(guest)], seconds=0.1)
+    assert totals.missed > totals.sent
+    assert totals.received == totals.sent
+    generator.pace(0)
+    assert run([generator], [Sink(guest)], seconds=0.1).missed == 0
+
+
+@FORMATS
+def test_every_eighth_frame_is_timed(attach, ring):
+    guest = attach(**ring)
+    sink = Sink(guest, timed=True)
+    generator = Generator(guest, guest, pace=4000, timed=True, frames=800)
+    totals = run([generator], [sink], seconds=30, linger=10, enough=800)
+    assert totals.sent == totals.received == 800
+    assert int(sink._times.sum()) == 100
+    median, most = sink.times_us(50, 100)
+    assert 0 < median <= most <= totals.seconds * 1e6 + 10e6
+    assert sink.times_us(50) == [0.0]  # each time is told once
+
+
+def test_a_mix_has_every_length_in_turn(attach):
+    guest = attach(queue_size=64)
+    generator = Generator(guest, guest, mix=(64, 64, 128, 1000), frames=640)
+    sink = Sink(guest, raw=False)  # it compares each length with what the frame says
+    totals = stream_through(generator, sink, 640)
+    assert totals.clean
+    assert totals.bytes == 640 * generator.length == 640 * 314
+
+
 def test_several_sinks_count_their_own_bytes(attach):
     guests = [attach(queue_size=64) for _ in range(2)]
     generators = [Generator(guest, guest, frames=100) for guest in guests]
@@ -199,6 +241,11 @@ def test_a_frame_that_does_not_come_ends_the_hammering(attach):
         ({"length": 2037}, "tx_buffer_len"),
         ({"length": (60, 70)}, "raw=False"),
         ({"verify": True}, "raw=False"),
+        ({"pace": -1.0}, "-1 frames a second"),
+        ({"timed": True, "raw": False}, "raw=True"),
+        ({"timed": True, "length": 35}, "36 bytes"),
+        ({"mix": (64, 128), "raw": False}, "cannot mix"),
+        ({"mix": (64, 9000)}, "tx_buffer_len"),
     ],
 )
 def test_what_a_generator_cannot_do_is_said(attach, options, text):

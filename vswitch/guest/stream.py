@@ -13,6 +13,10 @@ Two ways to drive a ring:
 
     offset  0   6   12         14       16       20    28
             dst src ethertype  length   -        word  payload
+
+A paced generator sends each frame when it is due, not when there is room: one that finds
+the ring full is missed. In a timed stream every eighth frame begins its payload with the
+time at which it was due, so that a frame which waited to be sent has waited.
 """
 
 from typing import Final
@@ -34,6 +38,7 @@ from ports.native import (
     store_any_u64,
     store_u8,
 )
+from vswitch.guest import histogram
 from vswitch.guest.ring import (
     buffer_of,
     clear_header,
@@ -58,7 +63,9 @@ LENGTH_OFFSET: Final = 14
 WORD_OFFSET: Final = 20
 PAYLOAD_OFFSET: Final = 28
 MIN_LENGTH: Final = PAYLOAD_OFFSET
+MIN_TIMED: Final = PAYLOAD_OFFSET + 8
 MAX_FLOWS: Final = 256
+PACE_SHIFT: Final = 16
 
 _MARK: Final = 0x5EED
 _MARK_SHIFT: Final = 48
@@ -66,6 +73,7 @@ _FLOW_SHIFT: Final = 40
 _NUMBER_MASK: Final = (1 << _FLOW_SHIFT) - 1
 _GAPS: Final = 256
 _IDLE_SPINS: Final = 16
+_TIMED_MASK: Final = 7  # of the numbers that are timed, these bits are 0
 
 GENERATOR: Final = np.dtype(
     [
@@ -80,8 +88,14 @@ GENERATOR: Final = np.dtype(
         ("max_len", "<i8"),
         ("template", "<i8"),  # address of the first WORD_OFFSET bytes
         ("address_mask", "<i8"),  # of the number's bits that end the destination; or 0
-        ("bytes", "<i8"),
+        ("bytes", "<i8"),  # but of a mix
         ("full", "<i8"),  # times that the ring had no room
+        ("timed", "<i8"),
+        ("pace", "<i8"),  # from frame to frame, in 1 / 65536 cycles; 0: as they go
+        ("begin", "<i8"),  # a cycle count: when the first frame was due; 0: not yet
+        ("due", "<i8"),  # the next one, after that, in 1 / 65536 cycles
+        ("missed", "<i8"),  # frames that were due while the ring had no room
+        ("late", "<i8"),  # frames that were due while we were elsewhere
     ]
 )
 SINK: Final = np.dtype(
@@ -97,6 +111,7 @@ SINK: Final = np.dtype(
         ("frames", "<i8"),
         ("bytes", "<i8"),  # built only
         ("foreign", "<i8"),  # frames that no generator of ours made
+        ("times", "<i8"),  # address of the cells of a histogram, in cycles; or 0
     ]
 )
 FLOW: Final = np.dtype(
@@ -238,6 +253,13 @@ def generate(generator: Record) -> int:
     )
     if room <= 0:
         return 0
+    if int(generator["pace"]) != 0:
+        return _generate_due(generator, room)
+    return _generate(generator, room)
+
+
+@jit
+def _generate(generator: Record, room: int) -> int:
     ring = ring_at(int(generator["ring"]), 0)
     if int(generator["raw"]) != 0:
         sent = _generate_raw(generator, ring, room)
@@ -245,6 +267,32 @@ def generate(generator: Record) -> int:
         sent = _generate_built(generator, ring, room)
     if sent == 0:
         generator["full"] += 1
+    return sent
+
+
+@jit
+def _generate_due(generator: Record, room: int) -> int:
+    """Send what is due by now, up to `room`; what has no place is missed.
+
+    More than `room` can be due only if we were not here: that is no fault of the
+    switch's, and the pace goes on from now.
+    """
+    now = rdtsc()
+    pace = int(generator["pace"])
+    if int(generator["begin"]) == 0:
+        generator["begin"] = now
+        generator["due"] = 0
+    behind = ((now - int(generator["begin"])) << PACE_SHIFT) - int(generator["due"])
+    if behind < 0:
+        return 0
+    count = behind // pace + 1
+    if count > room:
+        generator["late"] += count - room
+        generator["due"] += (count - room) * pace
+        count = room
+    sent = _generate(generator, count)
+    generator["missed"] += count - sent
+    generator["due"] += count * pace
     return sent
 
 
@@ -270,11 +318,34 @@ def _generate_raw(generator: Record, ring: Record, room: int) -> int:
         slot += 1
         if slot == size:
             slot = 0
+    if int(generator["timed"]) != 0:
+        _stamp(generator, ring, count)
     raw_offer(ring, count, header + int(generator["min_len"]))
     publish(ring)
     generator["next"] = first + count
     generator["bytes"] += count * int(generator["min_len"])
     return count
+
+
+@jit
+def _stamp(generator: Record, ring: Record, count: int) -> None:
+    """Write into every eighth of the next `count` frames when it is due."""
+    stride, size = int(ring["stride"]), int(ring["size"])
+    payloads = int(ring["buffers"]) + int(ring["header_len"]) + PAYLOAD_OFFSET
+    slot = raw_next(ring)
+    i = -int(generator["next"]) & _TIMED_MASK
+    pace = int(generator["pace"])
+    now = rdtsc()
+    while i < count:
+        at = slot + i
+        if at >= size:
+            at -= size
+        due = now
+        if pace != 0:
+            passed = int(generator["due"]) + i * pace
+            due = int(generator["begin"]) + (passed >> PACE_SHIFT)
+        store_any_u64(payloads + at * stride, due)
+        i += _TIMED_MASK + 1
 
 
 @jit
@@ -368,6 +439,8 @@ def _collect_raw(sink: Record, ring: Record) -> int:
     count = min(int(sink["burst"]), raw_arrived(ring, int(sink["burst"])))
     if count == 0:
         return 0
+    if int(sink["times"]) != 0:
+        _note_times(sink, ring, count)
     stride = int(ring["stride"])
     words = int(ring["buffers"]) + int(ring["header_len"]) + WORD_OFFSET
     slot = raw_oldest(ring)
@@ -394,6 +467,24 @@ def _collect_raw(sink: Record, ring: Record) -> int:
     publish(ring)
     sink["frames"] += count
     return count
+
+
+@jit
+def _note_times(sink: Record, ring: Record, count: int) -> None:
+    """Note how long after they were due those frames came that say when that was."""
+    now = rdtsc()
+    stride, size = int(ring["stride"]), int(ring["size"])
+    words = int(ring["buffers"]) + int(ring["header_len"]) + WORD_OFFSET
+    slot = raw_oldest(ring)
+    for _ in range(count):
+        at = words + slot * stride
+        word = load_any_u64(at)
+        if word >> _MARK_SHIFT == _MARK and word & _TIMED_MASK == 0:
+            due = load_any_u64(at + PAYLOAD_OFFSET - WORD_OFFSET)
+            histogram.note(int(sink["times"]), now - due)
+        slot += 1
+        if slot == size:
+            slot = 0
 
 
 @jit

@@ -16,9 +16,9 @@ from typing import Any, Final
 
 import numpy as np
 
-from ports.native import jit, rdtsc
+from ports.native import jit, rdtsc, store_any_u16
+from vswitch.guest import histogram, stream
 from vswitch.guest import ring as driver
-from vswitch.guest import stream
 from vswitch.guest.errors import GuestError
 from vswitch.guest.guest import Guest, mac_bytes
 from vswitch.guest.layout import Layout
@@ -45,6 +45,8 @@ class Totals:
     reordered: int = 0
     duplicates: int = 0
     corrupt: int = 0
+    missed: int = 0  # not sent by a paced generator, as the ring was full
+    late: int = 0  # not sent by one, as it had no processor; nobody's loss
     cycles: int = 0
     seconds: float = 0.0  # of the part in which frames were sent
 
@@ -103,6 +105,9 @@ class Generator:
         verify: bool = False,
         burst: int = 64,
         frames: int = _NO_LIMIT,
+        pace: float = 0.0,
+        timed: bool = False,
+        mix: Sequence[int] = (),
     ) -> None:
         """Set up a stream.
 
@@ -117,11 +122,24 @@ class Generator:
             verify: Fill each payload anew for the sink to check; not raw.
             burst: Frames at a time.
             frames: How many to send in all.
+            pace: Frames a second; 0: as many as go.
+            timed: Say in frames when they were due, for `Sink(timed=True)`; raw only.
+            mix: Lengths in place of `length`, which the slots of the ring have in turn;
+                raw in a split ring only.
         """
         least, most = (length, length) if isinstance(length, int) else length
         layout = guest.layouts[2 * queue + 1]
-        self._check(layout, least, most, raw=raw, verify=verify)
-        self.layout, self.length = layout, most
+        if mix:
+            self._check_mix(layout, raw=raw)
+            least, most = min(mix), max(mix)
+        self._check(layout, least, most, raw=raw and not mix, verify=verify)
+        if timed and (not raw or least < stream.MIN_TIMED):
+            raise GuestError(
+                f"cannot time frames of {least} bytes, raw={raw}: it takes raw=True and "
+                f"{stream.MIN_TIMED} bytes"
+            )
+        self.layout, self._mix = layout, tuple(mix)
+        self._lengths = self._mix or (most,)
         mac = dst.mac if isinstance(dst, Guest) else mac_bytes(dst)
         _check_addresses(addresses)
         start = mac + guest.mac + ETHERTYPE.to_bytes(2, "big")
@@ -142,7 +160,9 @@ class Generator:
             max_len=most,
             template=self._template.ctypes.data,
             address_mask=addresses - 1,
+            timed=timed,
         )
+        self.pace(pace)
 
     @staticmethod
     def _check(
@@ -160,13 +180,39 @@ class Generator:
                 "a frame (use raw=False)"
             )
 
+    @staticmethod
+    def _check_mix(layout: Layout, *, raw: bool) -> None:
+        if not raw or int(layout.ring["packed"]) or layout.plan.chain != 1:
+            raise GuestError(
+                "cannot mix lengths: it takes raw=True, a split ring and one descriptor "
+                "a frame (use a range of lengths and raw=False)"
+            )
+
+    def pace(self, frames_per_s: float) -> None:
+        """Send so many a second from now on; 0: as many as go.
+
+        One that is due while the ring is full is missed, which is counted.
+        """
+        if frames_per_s < 0:
+            raise GuestError(f"cannot send {frames_per_s:g} frames a second")
+        cycles = tsc_hz() / frames_per_s if frames_per_s else 0.0
+        self.record["pace"] = round(cycles * (1 << stream.PACE_SHIFT))
+
     @property
     def sent(self) -> int:
         """Frames so far."""
         return int(self.record["next"])
 
+    @property
+    def length(self) -> float:
+        """Bytes of a frame, the mean of a mix, the most of a range."""
+        size = self.layout.plan.size
+        lengths = [self._lengths[slot % len(self._lengths)] for slot in range(size)]
+        return sum(lengths) / size
+
     def prepare(self) -> None:
         """Write what stays the same in all frames; raw only."""
+        self.record["begin"] = 0  # of its pace
         if not self.record["raw"]:
             return
         layout, ring = self.layout, self.layout.ring
@@ -176,7 +222,12 @@ class Generator:
         header = int(ring["header_len"])
         layout.buffers[:, :header] = 0
         layout.buffers[:, header : header + stream.WORD_OFFSET] = self._template
-        driver.raw_prepare(ring, header + self.length)
+        driver.raw_prepare(ring, header + self._lengths[0])
+        for slot in range(layout.plan.size if self._mix else 0):
+            length = self._lengths[slot % len(self._lengths)]
+            driver.describe(ring, slot, header + length)
+            at = int(ring["buffers"]) + slot * int(ring["stride"]) + header
+            store_any_u16(at + stream.LENGTH_OFFSET, length)
 
     def finish(self, deadline: float) -> None:
         """Wait until every frame came back: what was to arrive has arrived."""
@@ -227,11 +278,25 @@ class Sink:
         raw: bool = True,
         verify: bool = False,
         burst: int = 64,
+        timed: bool = False,
     ) -> None:
-        """Set up the receiver of streams 0 to `flows` - 1."""
+        """Set up the receiver of streams 0 to `flows` - 1.
+
+        Args:
+            guest: Who receives.
+            flows: How many streams it tells apart.
+            queue: The queue pair to receive from.
+            raw: Look at numbers alone, where they are.
+            verify: Compare the payload; not raw.
+            burst: Frames at a time.
+            timed: Note how late frames come; of streams that are all timed, raw only.
+        """
         if not 0 < flows <= stream.MAX_FLOWS:
             raise GuestError(f"cannot tell {flows} flows apart: 1 to 256 are possible")
+        if timed and not raw:
+            raise GuestError("cannot time frames: it takes raw=True")
         self.layout = guest.layouts[2 * queue]
+        self._times = histogram.new()
         self.flows = np.zeros(flows, stream.FLOW)
         self._scratch = np.zeros(0 if raw else _ROOM, np.uint8)
         self.table = np.zeros(1, stream.SINK)
@@ -246,7 +311,17 @@ class Sink:
             n_flows=flows,
             scratch=self._scratch.ctypes.data,
             room=self._scratch.size,
+            times=self._times.ctypes.data if timed else 0,
         )
+
+    def times_us(self, *percents: float) -> list[float]:
+        """What so many per cent of the times since the last call did not exceed.
+
+        From when a frame was due to when it was found, in microseconds, to 1/64.
+        """
+        found = [histogram.percentile(self._times, percent) for percent in percents]
+        self._times[:] = 0
+        return [cycles * 1e6 / tsc_hz() for cycles in found]
 
     def prepare(self) -> None:
         """Drop what arrived before; make sure that raw will do."""
@@ -381,6 +456,9 @@ def _cycles() -> int:
 
 def _count(generators: Sequence[Generator], sinks: Sequence[Sink]) -> Totals:
     totals = Totals(sent=sum(generator.sent for generator in generators))
+    for generator in generators:
+        totals.missed += int(generator.record["missed"])
+        totals.late += int(generator.record["late"])
     sent = {
         int(generator.record["flow"]): generator.length
         for generator in generators
@@ -398,7 +476,8 @@ def _count(generators: Sequence[Generator], sinks: Sequence[Sink]) -> Totals:
             # Lengths are not looked at; those of the stream tell.
             for flow, length in sent.items():
                 if flow < len(sink.flows):
-                    totals.bytes += int(sink.flows[flow]["received"]) * length
+                    received = int(sink.flows[flow]["received"])
+                    totals.bytes += round(received * length)
     return totals
 
 
