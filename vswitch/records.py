@@ -57,7 +57,8 @@ WORKER: Final = np.dtype(
         ("cpu", "<i8"),
         ("role", "<i8"),
         ("state", "<i8"),
-        ("control_pad", "<i8", (4,)),
+        ("bell", "<i8"),  # how many messages it was sent
+        ("control_pad", "<i8", (3,)),
         # Written by the worker.
         ("turns", "<i8"),
         ("polls", "<i8"),  # rounds over all rings

@@ -135,16 +135,19 @@ class Worker:
         longest_s = _LONGEST_WAIT_US / 1e6
         signal.setitimer(signal.ITIMER_REAL, longest_s, longest_s)
         last_frame = time.monotonic_ns()
+        bell = 0
         while True:
             now_s = segment.elapsed_s(self._shared)
-            moved = loop.poll_turn(
-                self._ctx, self._number, self._polled, now_s, self._turn_cycles
+            moved = loop.poll_turns(
+                *(self._ctx, self._number, self._polled),
+                *(now_s, self._turn_cycles, bell),
             )
             self._age(_EXPIRE_AWAKE, now_s)
             now = time.monotonic_ns()
             if moved:
                 last_frame = now
             self._report_lost()
+            bell = int(self._record["bell"])  # whoever rings sent something before
             self._handle_messages()
             idle = not moved and now - last_frame >= self._idle_ns
             if idle and not (self._busy and self._polled.size):

@@ -491,6 +491,7 @@ class Workers:
             except OSError:
                 break  # its death is on the way
             process.outbox.popleft()
+            self._shared.workers[process.number]["bell"] += 1
         loop.remove_writer(process.sock.fileno())
 
     def _on_message(self, process: _Process) -> None:

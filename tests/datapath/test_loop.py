@@ -103,6 +103,28 @@ def test_an_idle_turn_ends_after_an_eighth_of_its_budget(bench, timed_turn):
     assert timed_turn(16) == 2
 
 
+@pytest.mark.parametrize(
+    ("moves", "ring_at", "turns"),
+    [([5] * 20, None, 10), ([5, 5, 0, 5], None, 3), ([5] * 20, 4, 4), ([0], 1, 1)],
+    ids=["ten at most", "until nothing moves", "until somebody rings", "at once"],
+)
+def test_turns_follow_each_other(bench, monkeypatch, moves, ring_at, turns):
+    record = bench.plane.shared.workers[3]
+    taken = []
+
+    def poll_turn(_ctx, _worker, _polled, _now_s, _budget):
+        taken.append(moves[len(taken)])
+        if len(taken) == ring_at:
+            record["bell"] += 1
+        return taken[-1]
+
+    monkeypatch.setattr(loop, "poll_turn", poll_turn)
+    poll_turns = getattr(loop.poll_turns, "py_func", loop.poll_turns)
+    polled = np.zeros(0, np.int64)
+    assert poll_turns(bench.plane.ctx, 3, polled, 0, 1, record["bell"]) == sum(taken)
+    assert len(taken) == turns
+
+
 def test_a_turn_is_accounted_for(bench, pair):
     a, _ = pair
     a.send(frame_to(B, A))

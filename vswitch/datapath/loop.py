@@ -1,4 +1,4 @@
-"""A worker's turn: poll its rings until the budget is spent.
+"""A worker's turns: poll its rings until the budget is spent.
 
     poll_turn -> _serve -> receive -> forward_burst (decide, transmit) -> release
 
@@ -20,18 +20,32 @@ from ports.base import (
     RX,
 )
 from ports.burst import CONTEXT, make_scratch
-from ports.native import Record, Records, jit, load_u8, pause, rdtsc, store_u8
+from ports.native import (
+    Record,
+    Records,
+    jit,
+    load_u8,
+    load_u64,
+    pause,
+    rdtsc,
+    store_u8,
+)
 from ports.vhost import virtqueue
 from ports.views import frame_at, port_at, ring_at
 from vswitch.datapath import fdb, forward
 from vswitch.datapath.views import header_at, tally_at, worker_at
-from vswitch.records import Shared
+from vswitch.records import WORKER, Shared
 
 # An idle turn ends after this part of the budget, so that idling is noticed early.
 _IDLE_PART: Final = 8
 # While frames move, rings that bring none are looked at in so many rounds once, by turns,
 # where there are more than that: what idle guests take is what the others lose.
 _LANES: Final = 8
+# While frames move, what is between turns is done after so many, or when somebody rings:
+# meanwhile no frame moves, and the interpreter may be slow.
+_TURNS: Final = 10
+_WORKER_SIZE: Final = WORKER.itemsize
+_BELL: Final = WORKER.fields["bell"][1] if WORKER.fields else 0
 # A worker number that owns no ring and holds no lock: not -1, as 0 is a free lock.
 _NOBODY: Final = -2
 
@@ -45,6 +59,25 @@ def make_context(shared: Shared, worker: int) -> tuple[Record, object]:
     records = shared.workers["serving"]
     context[0]["serving"] = records.ctypes.data + worker * records.strides[0]
     return context[0], (context, shared, scratch)
+
+
+@jit
+def poll_turns(
+    ctx: Record, worker: int, polled: Records, now_s: int, budget: int, bell: int
+) -> int:
+    """Turn after turn, while frames move and nobody has rung since it was `bell`.
+
+    Returns:
+        Frames taken from all rings.
+    """
+    record = int(ctx["workers"]) + worker * _WORKER_SIZE
+    frames = 0
+    for _ in range(_TURNS):
+        moved = poll_turn(ctx, worker, polled, now_s, budget)
+        frames += moved
+        if moved == 0 or load_u64(record + _BELL) != bell:
+            break
+    return frames
 
 
 @jit
@@ -255,7 +288,7 @@ def warm_up(ctx: Record, worker: int) -> None:
     worker with our number, and the guests' memory is not mapped yet.
     """
     none = np.zeros(0, np.int64)
-    poll_turn(ctx, worker, none, 0, 1)
+    poll_turns(ctx, worker, none, 0, 1, 0)
     start_rings(ctx, _NOBODY)
     repair_rings(ctx, _NOBODY, _NOBODY)
     ask_for_kicks(ctx, worker, none)
