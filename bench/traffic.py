@@ -60,8 +60,6 @@ class Load(NamedTuple):
     raw: bool = True
     dpdk: bool = False  # DPDK's generator instead of ours; it has one pair
     shape: str = PAIRS
-    mix: tuple[int, ...] = ()  # lengths that take turns, `length` being the longest
-    timed: bool = False
 
     @property
     def copies(self) -> int:
@@ -100,34 +98,16 @@ class Streams:
         to_all = load.shape == TO_ALL
         targets = [_BROADCAST] if to_all else [one.mac for one in self._receivers]
         self.generators = [
-            Generator(
-                *(sender, to, load.length),
-                addresses=load.addresses,
-                raw=load.raw,
-                mix=load.mix,
-                timed=load.timed,
-            )
+            Generator(sender, to, load.length, addresses=load.addresses, raw=load.raw)
             for sender, to in zip(self._senders, targets, strict=True)
         ]
-        self.sinks = [
-            Sink(receiver, raw=load.raw, timed=load.timed)
-            for receiver in self._receivers
-        ]
+        self.sinks = [Sink(receiver, raw=load.raw) for receiver in self._receivers]
         with system.forwarding():
             self._introduce()
 
     def send(self, seconds: float) -> Totals:
         """Send as much as goes for so long."""
         return run(self.generators, self.sinks, seconds)
-
-    def pace(self, mpps: float) -> None:
-        """Send at so many million frames a second from now on; 0: as much as goes."""
-        for generator in self.generators:
-            generator.pace(mpps * 1e6 / len(self.generators))
-
-    def times_us(self, *percents: float) -> list[float]:
-        """Of the first sink, as its `times_us` tells."""
-        return self.sinks[0].times_us(*percents)
 
     def _introduce(self) -> None:
         """Let the switch learn every address, and wait until all streams arrive."""
@@ -217,9 +197,9 @@ def measure(it: Streams, place: Place, seconds: float) -> Slice:
     with system.forwarding():
         it.send(_WARM_S)
         before = system.work()
-        waited = waited_s(system, place)
+        waited = _waited(system, place)
         totals = it.send(seconds)
-        waited = waited_s(system, place) - waited
+        waited = _waited(system, place) - waited
         work = system.work().since(before)
     near = max(near, machine.round_trip_ns(place.other, place.cpu))
     check(system.name, totals, work, it.load.copies)
@@ -287,8 +267,7 @@ def _announce(guest: Guest, addresses: list[bytes]) -> None:
     guest.wait_sent(timeout=START_S)
 
 
-def waited_s(system: System, place: Place) -> float:
-    """How long this thread and the system's forwarding one had no processor so far."""
+def _waited(system: System, place: Place) -> float:
     return machine.own_wait_s() + machine.waited_s(system.group, place.cpu)
 
 
