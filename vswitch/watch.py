@@ -67,6 +67,19 @@ class Account:
         self.on_cpu_s = 0.0
         self.blocked_s = 0.0
         self._last: Seen | None = None
+        self._turns = -1
+
+    def turned(self, turns: int) -> bool:
+        """Whether there was a turn since this was asked last, so nothing is to be noted.
+
+        Looks at a worker at work take more time than this, several times a second.
+        """
+        before, self._turns = self._turns, turns
+        if turns == before:
+            return False
+        self.on_cpu_s = self.blocked_s = 0.0
+        self._last = None
+        return True
 
     def note(self, seen: Seen) -> bool:
         """Note a look at the worker; whether it hangs."""

@@ -597,7 +597,9 @@ class Workers:
             await asyncio.sleep(watch.PERIOD_S)
             for process in self._ready():
                 record = self._shared.workers[process.number]
-                seen = None if process.hangs else watch.look_at(process.pid, record)
+                if process.hangs or process.account.turned(int(record["turns"])):
+                    continue
+                seen = watch.look_at(process.pid, record)
                 if seen and process.account.note(seen):
                     self._end_hang(process)
 

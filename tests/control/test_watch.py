@@ -83,3 +83,13 @@ def test_what_passes_while_nobody_looks_is_held_against_nobody():
         )
         assert not account.note(late)
         assert not looks(account, LOOKS - 3, state=state, cpu=0.9)
+
+
+def test_whoever_has_turned_is_not_even_looked_at():
+    account = begin()
+    assert account.turned(5)
+    assert not looks(account, LOOKS // 2, state="R", cpu=1.0)
+    assert not account.turned(5)
+    assert account.turned(6)
+    assert not looks(account, LOOKS, state="R", cpu=1.0)
+    assert looks(account, 2, state="R", cpu=1.0)
