@@ -14,6 +14,7 @@ class Case(NamedTuple):
     load: Load
     beside: Load | None = None  # on the same system, in the same rounds
     quick: bool = True
+    no_loss: bool = False  # search for the rate without loss (`paced`)
 
     @property
     def need(self) -> Need:
@@ -23,6 +24,8 @@ class Case(NamedTuple):
 
 _USUAL: Final = 1514
 _MANY: Final = 1 << 16
+# Seven, four and one of them; with its checksum the longest has 1518 on a wire.
+_IMIX: Final = (64, 570, 64, 570, 64, 64, 1514, 64, 570, 64, 570, 64)
 
 CASES: Final = (
     Case("64", "64 bytes", Load(64)),
@@ -31,6 +34,20 @@ CASES: Final = (
     Case("512", "512 bytes", Load(512)),
     Case("1024", "1024 bytes", Load(1024), quick=False),
     Case("1500", "1500 bytes", Load(1500)),
+    Case(
+        "imix",
+        "IMIX (7 of 64 bytes, 4 of 570, 1 of 1514)",
+        Load(1514, mix=_IMIX),
+        quick=False,
+    ),
+    Case("64-no-loss", "64 bytes without loss", Load(64, timed=True), no_loss=True),
+    Case(
+        "1500-no-loss",
+        "1500 bytes without loss",
+        Load(1500, timed=True),
+        quick=False,
+        no_loss=True,
+    ),
     Case("64-both-ways", "64 bytes, both directions", Load(64, both_ways=True)),
     Case("64-packed", "64 bytes, packed rings", Load(64, packed=True), Load(64)),
     Case(

@@ -5,12 +5,13 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from itertools import groupby
-from typing import Any, Final, NamedTuple, Self
+from typing import Any, Final, NamedTuple, Self, TypeVar
 
-from bench import machine, peers, testpmd, traffic, virtio_user
+from bench import machine, paced, peers, testpmd, traffic, virtio_user
 from bench.cases import IDLE, Case
 from bench.daemon import DaemonError
 from bench.machine import Place
+from bench.paced import Paced
 from bench.peers import Kind, Need, System
 from bench.traffic import CountsError, Load, Slice, Streams, Wiring
 from bench.turns import take_turns
@@ -25,6 +26,7 @@ FAILURES: Final = (
 _IDLE_NEED: Final = Need(2, 1514)
 _IDLE_SLICES: Final = 4  # as long as so many
 
+Measured = TypeVar("Measured")
 Say = Callable[[str], None]
 
 
@@ -34,6 +36,11 @@ class Plan(NamedTuple):
     rounds: int
     seconds: float  # of a slice
     queue_size: int = 256
+
+    @property
+    def searches(self) -> int:
+        """How often a rate without loss is looked for: each takes as long as slices do."""
+        return self.rounds // 2 + 1
 
 
 class Party(NamedTuple):
@@ -71,6 +78,7 @@ def run(
         "reference": [machine.reference()],
         "failed": {},
         "cases": [],
+        "no_loss": [],
         "idle": {},
     }
     for name, reason in result["left_out"].items():
@@ -82,9 +90,12 @@ def run(
         with _started(present, need, place, result, say) as systems:
             for case in group:
                 say(case.title)
-                result["cases"].append(
-                    _measure(case, systems, plan, place, result["failed"])
+                found, measure = (
+                    (result["no_loss"], _search)
+                    if case.no_loss
+                    else (result["cases"], _measure)
                 )
+                found.append(measure(case, systems, plan, place, result["failed"]))
                 result["reference"].append(machine.reference())
             if with_idle and need == _IDLE_NEED:
                 say(IDLE)
@@ -149,24 +160,11 @@ def _measure(
         systems = [system for system in systems if system.looks_up]
     loads = [case.load] if case.beside is None else [case.load, case.beside]
     parties = [Party(system, load) for system in systems for load in loads]
-
-    def attempt(party: Party) -> Slice | None:
-        name = f"{party.system.name}, {case.title}"
-        if name in failed:
-            return None
-        try:
-            return plugs.measure(party)
-        except FAILURES as error:
-            failed[name] = str(error)
-            return None
-
     with Plugs(plan, place) as plugs:
-        found = take_turns(plan.rounds, parties, attempt)
+        found = _attempt(case, plan.rounds, parties, plugs.measure, failed)
     slices: dict[Load, dict[str, Any]] = {load: {} for load in loads}
-    for party, measured in zip(parties, found, strict=True):
-        whole = [one._asdict() for one in measured if one is not None]
-        if len(whole) == plan.rounds:
-            slices[party.load][party.system.name] = whole
+    for party, measured in found:
+        slices[party.load][party.system.name] = [one._asdict() for one in measured]
     return {
         "name": case.name,
         "title": case.title,
@@ -174,6 +172,58 @@ def _measure(
         "slices": slices[case.load],
         "slices_beside": {} if case.beside is None else slices[case.beside],
     }
+
+
+def _search(
+    case: Case,
+    systems: Sequence[System],
+    plan: Plan,
+    place: Place,
+    failed: dict[str, str],
+) -> dict[str, Any]:
+    """The same for a case of a rate without loss."""
+    parties = [Party(system, case.load) for system in systems]
+    with Plugs(plan, place) as plugs:
+        found = _attempt(case, plan.searches, parties, plugs.search, failed)
+    return {
+        "name": case.name,
+        "title": case.title,
+        "length": case.load.length,
+        "percentiles": paced.PERCENTILES,
+        "found": {
+            party.system.name: [one._asdict() for one in measured]
+            for party, measured in found
+        },
+    }
+
+
+def _attempt(
+    case: Case,
+    rounds: int,
+    parties: Sequence[Party],
+    measure: Callable[[Party], Measured],
+    failed: dict[str, str],
+) -> list[tuple[Party, list[Measured]]]:
+    """What was found for those that did not fail, in turns."""
+
+    def attempt(party: Party) -> Measured | None:
+        name = f"{party.system.name}, {case.title}"
+        if name in failed:
+            return None
+        try:
+            return measure(party)
+        except FAILURES as error:
+            failed[name] = str(error)
+            return None
+
+    found = []
+    for party, measured in zip(
+        parties, take_turns(rounds, parties, attempt), strict=True
+    ):
+        whole = [one for one in measured if one is not None]
+        if len(whole) == rounds:
+            found.append((party, whole))
+    return found
 
 
 class Plugs:
@@ -190,6 +240,13 @@ class Plugs:
             return there.measure(self._plan.seconds)
         streams = there.streams(party.load)
         return traffic.measure(streams, self._place, self._plan.seconds)
+
+    def search(self, party: Party) -> Paced:
+        """A rate without loss between guests, and times below it."""
+        there = self._attached(party)
+        assert isinstance(there, _Guests)
+        streams = there.streams(party.load)
+        return paced.measure(streams, self._place, self._plan.seconds)
 
     def _attached(self, party: Party) -> "_Guests | virtio_user.Pair":
         system, load = party

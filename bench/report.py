@@ -10,20 +10,25 @@ from typing import Any, Final, NamedTuple
 from bench import plot
 from bench.judge import (
     TOO_NOISY,
+    Figure,
     Spread,
     Verdict,
     compare,
+    compare_rates,
+    compare_times,
     is_fast,
     is_quiet,
     ratios,
     spread,
     worth_showing,
 )
+from bench.paced import HALF, P99, PARTS, PERCENTILES, Paced
 from bench.traffic import Slice
 from vswitch import tables
 
 OURS: Final = "vswitch"
 _DISTURBED: Final = "~"
+_PAIRED: Final = "(median of paired searches, quartiles)"
 Result = Mapping[str, Any]
 
 
@@ -111,6 +116,10 @@ def _facts(result: Result) -> Iterator[str]:
 
 
 def _tables(result: Result) -> Iterator[Table]:
+    return (table for table in _all_tables(result) if table.rows)
+
+
+def _all_tables(result: Result) -> Iterator[Table]:
     names = list(result["versions"])
     peers = [name for name in names if name != OURS]
     yield Table(
@@ -144,6 +153,8 @@ def _tables(result: Result) -> Iterator[Table]:
         ("case", *names),
         [_row(case, names, _lost) for case in result["cases"]],
     )
+    if searched := result.get("no_loss"):
+        yield from _no_loss_tables(searched, names, peers)
     if result["idle"]:
         yield _idle_table(result)
     if tcp := result.get("tcp"):
@@ -166,7 +177,16 @@ def _tables(result: Result) -> Iterator[Table]:
             "of those in the fast state",
             "round trip, ns",
         ),
-        [_state_row(case) for case in result["cases"]],
+        [
+            *(
+                _state_row(case["title"], _slices(case["slices"]))
+                for case in result["cases"]
+            ),
+            *(
+                _state_row(case["title"], _searches(case))
+                for case in result.get("no_loss", [])
+            ),
+        ],
     )
 
 
@@ -174,11 +194,13 @@ def _row(
     case: Mapping[str, Any], names: Sequence[str], cell: Callable[[list[Slice]], str]
 ) -> tuple[str, ...]:
     slices = _slices(case["slices"])
-    cells = (_marked(slices[n], cell) if n in slices else "" for n in names)
+    cells = (_marked(slices.get(n, []), cell) for n in names)
     return (case["title"], *cells)
 
 
-def _marked(slices: list[Slice], cell: Callable[[list[Slice]], str]) -> str:
+def _marked(slices: list[Figure], cell: Callable[[list[Figure]], str]) -> str:
+    if not slices:
+        return ""
     shown = worth_showing(slices)
     mark = "" if all(map(is_quiet, shown)) else _DISTURBED
     text = cell(shown)
@@ -198,6 +220,77 @@ def _lost(slices: Sequence[Slice]) -> str:
     part = spread([one.lost for one in slices]).median
     again = spread([one.reordered or 0.0 for one in slices]).median
     return f"{part:.2%}" + (f", {again:.2%} out of order" if again else "")
+
+
+def _no_loss_tables(
+    cases: Sequence[Mapping[str, Any]], names: Sequence[str], peers: Sequence[str]
+) -> Iterator[Table]:
+    """Of the cases of `bench.paced`."""
+    searches = [(case["title"], _searches(case)) for case in cases]
+    yield Table(
+        "Million frames a second without loss (median of searches, quartiles)",
+        ("case", *names),
+        [
+            (title, *(_marked(found.get(name, []), _no_loss_rate) for name in names))
+            for title, found in searches
+        ],
+    )
+    percents = ", ".join(f"{percent:g} %" for percent in PERCENTILES)
+    yield Table(
+        "Microseconds from when a frame is due to when it is there, at parts of a "
+        f"system's own rate without loss: {percents}",
+        ("case", *names),
+        [
+            (
+                f"{title}, at {part} %",
+                *(_marked(found.get(n, []), _times_at(part)) for n in names),
+            )
+            for title, found in searches
+            for part in PARTS
+        ],
+    )
+    if OURS not in names:
+        return
+    yield Table(
+        f"How many times as high {OURS}'s rate without loss is {_PAIRED}",
+        ("case", *peers),
+        [(title, *_judged(found, peers, compare_rates)) for title, found in searches],
+    )
+    yield Table(
+        f"How many times as long {PERCENTILES[P99]:g} % of {OURS}'s frames take at most, "
+        f"each system at {HALF} % of its own rate without loss {_PAIRED}",
+        ("case", *peers),
+        [(title, *_judged(found, peers, compare_times)) for title, found in searches],
+    )
+
+
+def _judged(
+    found: Mapping[str, list[Paced]],
+    peers: Sequence[str],
+    judge: Callable[[list[Paced], list[Paced]], Verdict],
+) -> Iterator[str]:
+    for name in peers:
+        both = OURS in found and name in found
+        yield _verdict_text(judge(found[OURS], found[name]) if both else None)
+
+
+def _searches(case: Mapping[str, Any]) -> dict[str, list[Paced]]:
+    return {
+        name: [Paced(**one) for one in some] for name, some in case["found"].items()
+    }
+
+
+def _no_loss_rate(searches: Sequence[Paced]) -> str:
+    mark = "at least " if any(one.at_least for one in searches) else ""
+    return mark + str(spread([one.mpps for one in searches]))
+
+
+def _times_at(part: str) -> Callable[[Sequence[Paced]], str]:
+    def cell(searches: Sequence[Paced]) -> str:
+        columns = zip(*(one.times_us[part] for one in searches), strict=True)
+        return ", ".join(f"{spread(column).median:.1f}" for column in columns)
+
+    return cell
 
 
 def _idle_table(result: Result) -> Table:
@@ -274,14 +367,14 @@ def _verdict_text(verdict: Verdict | None) -> str:
     return f"{verdict.ratio}, {verdict.pairs} pairs{state}: {verdict.text}"
 
 
-def _state_row(case: Mapping[str, Any]) -> tuple[str, ...]:
-    slices = [one for some in _slices(case["slices"]).values() for one in some]
+def _state_row(title: str, by_system: Mapping[str, list[Figure]]) -> tuple[str, ...]:
+    slices = [one for some in by_system.values() for one in some]
     quiet = [one for one in slices if is_quiet(one)]
     fast = sum(is_fast(one) for one in quiet)
     trips = (
         f"{spread([one.round_trip_ns for one in slices]).median:.0f}" if slices else ""
     )
-    return (case["title"], str(len(slices)), str(len(quiet)), str(fast), trips)
+    return (title, str(len(slices)), str(len(quiet)), str(fast), trips)
 
 
 def _slices(rows: Mapping[str, Sequence[Mapping[str, Any]]]) -> dict[str, list[Slice]]:
@@ -304,10 +397,34 @@ def _plots(result: Result) -> Iterator[str]:
         for name, verdict in verdicts(case).items():
             if verdict.ratio is not None and verdict.text != TOO_NOISY:
                 ratios[name][case["title"]] = verdict.ratio
-    yield plot.bars("Rate", titles, rates, "Mpps")
+    if any(rates.values()):
+        yield plot.bars("Rate", titles, rates, "Mpps")
     if any(ratios.values()):
         title = f"How many times as fast {OURS} is; what was too noisy is not here"
         yield plot.bars(title, titles, ratios, "times", first_colour=1)
+    if searched := result.get("no_loss"):
+        yield from _no_loss_plots(searched, ordered)
+
+
+def _no_loss_plots(
+    cases: Sequence[Mapping[str, Any]], names: Sequence[str]
+) -> Iterator[str]:
+    """Rates without loss, and the times that are judged."""
+    figures: dict[str, Callable[[Paced], float]] = {
+        "Mpps": lambda one: one.mpps,
+        "us": lambda one: one.times_us[HALF][P99],
+    }
+    titles = {
+        "Mpps": "Rate without loss",
+        "us": f"What {PERCENTILES[P99]:g} % of frames take at most at {HALF} % of it",
+    }
+    for unit, figure in figures.items():
+        series: dict[str, dict[str, Spread]] = {name: {} for name in names}
+        for case in cases:
+            for name, searches in _searches(case).items():
+                shown = [figure(one) for one in worth_showing(searches)]
+                series[name][case["title"]] = spread(shown)
+        yield plot.bars(titles[unit], [c["title"] for c in cases], series, unit)
 
 
 def _html_row(cells: Sequence[str], tag: str) -> str:

@@ -37,6 +37,7 @@ _HEADER_LEN: Final = 12
 _ROOM: Final = 2048
 _WARM_S: Final = 0.1
 _TRIAL_S: Final = 0.02
+_LINGER_S: Final = 0.05
 _SINGLES: Final = 5000
 WAKES: Final = 50
 SILENCE_US: Final = 20_000.0
@@ -60,6 +61,8 @@ class Load(NamedTuple):
     raw: bool = True
     dpdk: bool = False  # DPDK's generator instead of ours; it has one pair
     shape: str = PAIRS
+    mix: tuple[int, ...] = ()  # lengths that take turns, `length` being the longest
+    timed: bool = False  # frames say when they were due
 
     @property
     def copies(self) -> int:
@@ -98,16 +101,34 @@ class Streams:
         to_all = load.shape == TO_ALL
         targets = [_BROADCAST] if to_all else [one.mac for one in self._receivers]
         self.generators = [
-            Generator(sender, to, load.length, addresses=load.addresses, raw=load.raw)
+            Generator(
+                *(sender, to, load.length),
+                addresses=load.addresses,
+                raw=load.raw,
+                mix=load.mix,
+                timed=load.timed,
+            )
             for sender, to in zip(self._senders, targets, strict=True)
         ]
-        self.sinks = [Sink(receiver, raw=load.raw) for receiver in self._receivers]
+        self.sinks = [
+            Sink(receiver, raw=load.raw, timed=load.timed)
+            for receiver in self._receivers
+        ]
         with system.forwarding():
             self._introduce()
 
-    def send(self, seconds: float) -> Totals:
-        """Send as much as goes for so long."""
-        return run(self.generators, self.sinks, seconds)
+    def send(self, seconds: float, linger: float = _LINGER_S) -> Totals:
+        """Send for so long, at the pace that was set or as much as goes."""
+        return run(self.generators, self.sinks, seconds, linger)
+
+    def pace(self, mpps: float) -> None:
+        """Send so many million frames a second in all from now on; 0: as many as go."""
+        for generator in self.generators:
+            generator.pace(mpps * 1e6 / len(self.generators))
+
+    def times_us(self, *percents: float) -> list[float]:
+        """How long frames took to the first sink, as its `times_us` tells."""
+        return self.sinks[0].times_us(*percents)
 
     def _introduce(self) -> None:
         """Let the switch learn every address, and wait until all streams arrive."""
@@ -197,9 +218,9 @@ def measure(it: Streams, place: Place, seconds: float) -> Slice:
     with system.forwarding():
         it.send(_WARM_S)
         before = system.work()
-        waited = _waited(system, place)
+        waited = waited_s(system, place)
         totals = it.send(seconds)
-        waited = _waited(system, place) - waited
+        waited = waited_s(system, place) - waited
         work = system.work().since(before)
     near = max(near, machine.round_trip_ns(place.other, place.cpu))
     check(system.name, totals, work, it.load.copies)
@@ -267,7 +288,8 @@ def _announce(guest: Guest, addresses: list[bytes]) -> None:
     guest.wait_sent(timeout=START_S)
 
 
-def _waited(system: System, place: Place) -> float:
+def waited_s(system: System, place: Place) -> float:
+    """How long this thread and the system's forwarding one had no processor so far."""
     return machine.own_wait_s() + machine.waited_s(system.group, place.cpu)
 
 

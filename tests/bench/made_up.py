@@ -1,10 +1,32 @@
 """Results that nobody measured, to be judged and shown."""
 
+from bench.paced import PARTS, Paced
 from bench.traffic import Slice
 
 
 def slices(rates, cycles=None, trip=100.0, waited=0.0):
     return [Slice(mpps, 0.25, 0.0, cycles, trip, waited) for mpps in rates]
+
+
+def searches(rates, p99_us=None, at_least=False, waited=0.0):
+    """Searches with so many microseconds for 99 %, at whatever part."""
+    return [
+        Paced(mpps, at_least, {p: [0.5, us, 2.0 * us] for p in PARTS}, 100.0, waited)
+        for mpps, us in zip(rates, p99_us or [1] * len(rates), strict=True)
+    ]
+
+
+def no_loss(name, title, **by_system):
+    return {
+        "name": name,
+        "title": title,
+        "length": 64,
+        "percentiles": [50.0, 99.0, 99.9],
+        "found": {
+            system.replace("_", "-"): [one._asdict() for one in found]
+            for system, found in by_system.items()
+        },
+    }
 
 
 def case(name, title, beside=None, **by_system):
@@ -32,6 +54,7 @@ def result(*cases, **more):
         "failed": {},
         "reference": [10.0, 11.0, 9.0],
         "cases": list(cases),
+        "no_loss": [],
         "idle": {},
         "starts": {},
     } | more

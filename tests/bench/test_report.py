@@ -11,7 +11,7 @@ from bench.cases import CASES
 from bench.machine import Place
 from bench.measure import Plan
 from bench.peers import Kind
-from tests.bench.made_up import case, result, slices
+from tests.bench.made_up import case, no_loss, result, searches, slices
 
 
 @pytest.fixture
@@ -101,6 +101,56 @@ def test_idle_systems_are_shown(made_up):
     assert row(text, "that send nothing", "start until its ports are there") == [
         "0.6 s"
     ]
+
+
+@pytest.fixture
+def searched():
+    return result(
+        no_loss=[
+            no_loss(
+                "64-no-loss",
+                "64 bytes without loss",
+                vswitch=searches([20, 22, 21], [3, 3, 3], at_least=True),
+                ovs_dpdk=searches([7, 7, 7], [6, 6, 6]),
+                testpmd=searches([5, 5, 5], [1, 1, 1], waited=0.3),
+            )
+        ]
+    )
+
+
+def test_rates_without_loss_and_times_below_them_are_shown(searched):
+    text, name = report.text(searched), "64 bytes without loss"
+    assert row(text, "Million frames a second without loss", name) == [
+        "at least 21.00 (20.50 to 21.50)",
+        "7.00 (7.00 to 7.00)",
+        "~5.00 (5.00 to 5.00)",
+    ]
+    times = ["0.5, 3.0, 6.0", "0.5, 6.0, 12.0", "~0.5, 1.0, 2.0"]
+    for part in ("10", "50", "90"):
+        assert row(text, "Microseconds from", f"{name}, at {part} %") == times
+    assert row(text, "How many times as high", name) == [
+        "3.00 (2.93 to 3.07), 3 pairs: higher",
+        "too noisy to judge",
+    ]
+    assert row(text, "How many times as long 99 %", name) == [
+        "0.50 (0.50 to 0.50), 3 pairs: below",
+        "too noisy to judge",
+    ]
+    assert row(text, "How the machine was", name) == ["9", "6", "6", "100"]
+    assert "Busy cycles" not in text  # nothing was measured of that
+
+
+def test_rates_without_loss_are_in_the_document_and_the_page(searched):
+    said = report.markdown(searched)
+    assert "| 64 bytes without loss | at least 21.00 (20.50 to 21.50) | 7.00" in said
+    plots = re.findall(r"<svg.*?</svg>", report.html(searched), re.DOTALL)
+    bars = [
+        [float(bar.get("width")) for bar in tree.findall(".//{*}rect")]
+        for tree in map(ET.fromstring, plots)
+    ]
+    assert [len(one) for one in bars] == [3 + 3, 3 + 3]
+    assert bars[0][3] / bars[0][4] == pytest.approx(21 / 7, rel=0.01)
+    assert bars[1][3] / bars[1][4] == pytest.approx(3 / 6, rel=0.01)
 
 
 def test_ways_between_taps_are_shown(made_up):
