@@ -13,8 +13,8 @@ import sys
 from pathlib import Path
 from typing import Final
 
-from bench import daemon, machine, measure, report, tcp, uplink
-from bench.cases import CASES, IDLE, Case
+from bench import daemon, machine, measure, report, starts, tcp, uplink
+from bench.cases import CASES, IDLE, STARTS, Case
 from bench.measure import Plan
 from bench.peers import KINDS, Kind, by_command, vpp_at
 
@@ -28,7 +28,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser = _parser()
     options = parser.parse_args(arguments)
     kinds = _kinds(parser, options)
-    cases, with_idle = _cases(parser, options)
+    cases, others = _cases(parser, options)
     try:
         place = machine.place(options.cpus)
     except ValueError as error:
@@ -39,7 +39,10 @@ def main(arguments: list[str] | None = None) -> None:
         options.seconds or usual.seconds,
         options.queue_size,
     )
+    with_idle = IDLE in others
     result = measure.run(kinds, cases, plan, place, _say, with_idle=with_idle)
+    if STARTS in others:
+        starts.add_to(result, kinds, plan, place, _say)
     if options.full and not options.only and not options.systems:
         tcp.add_to(result, plan.rounds, _say)
         uplink.add_to(result, plan.rounds, _say)
@@ -59,7 +62,9 @@ def main(arguments: list[str] | None = None) -> None:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="bench", description=__doc__.splitlines()[0])
     parser.add_argument("--full", action="store_true", help="all cases, more slices")
-    parser.add_argument("--only", help=f"cases, by commas; `{IDLE}` is one, too")
+    parser.add_argument(
+        "--only", help=f"cases, by commas; `{IDLE}` and `{STARTS}`, too"
+    )
     parser.add_argument("--systems", help=f"by commas; known: {', '.join(KINDS)}")
     parser.add_argument("--rounds", type=int, help="slices of each system and case")
     parser.add_argument("--seconds", type=float, help="of a slice")
@@ -99,14 +104,17 @@ def _kinds(
 
 def _cases(
     parser: argparse.ArgumentParser, options: argparse.Namespace
-) -> tuple[list[Case], bool]:
+) -> tuple[list[Case], list[str]]:
+    """Those of the table, and what else there is to measure."""
     if not options.only:
-        return [case for case in CASES if case.quick or options.full], True
+        others = [IDLE, STARTS] if options.full else [IDLE]
+        return [case for case in CASES if case.quick or options.full], others
     names = options.only.split(",")
-    known = [*(case.name for case in CASES), IDLE]
+    known = [*(case.name for case in CASES), IDLE, STARTS]
     if unknown := [name for name in names if name not in known]:
         parser.error(f"no such case: {unknown[0]} (known: {', '.join(known)})")
-    return [case for case in CASES if case.name in names], IDLE in names
+    others = [name for name in (IDLE, STARTS) if name in names]
+    return [case for case in CASES if case.name in names], others
 
 
 def _say(what: str) -> None:

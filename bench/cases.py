@@ -101,4 +101,6 @@ CASES: Final = (
     ),
     Case("64-32-ports", "64 bytes, 32 ports in pairs", Load(64, pairs=16), quick=False),
 )
-IDLE: Final = "idle"  # not of frames: what systems take while nothing comes
+# Not of frames in a stream:
+IDLE: Final = "idle"  # what systems take while nothing comes
+STARTS: Final = "starts"  # how soon they forward (`starts`)

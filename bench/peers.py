@@ -89,6 +89,9 @@ class Kind(NamedTuple):
 
     start: Start
     missing: Callable[[], str] = _there  # why it cannot be had here, or nothing
+    cache: str = (
+        ""  # a variable that names a directory for what it keeps between starts
+    )
 
 
 @contextmanager
@@ -359,7 +362,7 @@ def _sockets(directory: Path, need: Need) -> list[Path]:
 
 
 KINDS: Final = {
-    "vswitch": Kind(_vswitch),
+    "vswitch": Kind(_vswitch, cache="VSWITCH_CACHE_DIR"),
     "testpmd": Kind(_testpmd, testpmd.missing),
     "ovs-dpdk": Kind(_ovs, ovs.missing_dpdk),
     "vpp": vpp_at(vpp.COMMAND),

@@ -157,6 +157,8 @@ def _all_tables(result: Result) -> Iterator[Table]:
         yield from _no_loss_tables(searched, names, peers)
     if result["idle"]:
         yield _idle_table(result)
+    if first_frames := result.get("first_frames"):
+        yield _first_frames_table(first_frames)
     if tcp := result.get("tcp"):
         yield _tcp_table(tcp)
     if taps := result.get("taps"):
@@ -323,6 +325,26 @@ _IDLE: Final[dict[str, Callable[[Mapping[str, Any]], str]]] = {
     "after 20 ms of silence, us: median, 99 %": lambda one: _times(one["wake_us"]),
     "cycles a round": _round_cycles,
 }
+
+
+def _first_frames_table(found: Mapping[str, Mapping[str, list[float]]]) -> Table:
+    """Of `bench.starts`."""
+    warm, cold = found["warm"], found["cold"]
+    names = [*warm, *(name for name in cold if name not in warm)]
+    rows = [
+        ("with what it keeps from earlier ones", warm, ""),
+        ("without", cold, "keeps nothing"),
+    ]
+    return Table(
+        "Seconds from starting a system to its first frame, from guest to guest",
+        ("", *names),
+        [
+            (what, *(str(spread(by[name])) if name in by else none for name in names))
+            for what, by, none in rows
+        ]
+        if names
+        else [],
+    )
 
 
 def _tcp_table(cases: Sequence[Mapping[str, Any]]) -> Table:

@@ -153,6 +153,18 @@ def test_rates_without_loss_are_in_the_document_and_the_page(searched):
     assert bars[1][3] / bars[1][4] == pytest.approx(3 / 6, rel=0.01)
 
 
+def test_first_frames_are_shown_warm_and_cold(made_up):
+    made_up["first_frames"] = {
+        "warm": {"vswitch": [0.9, 1.0, 1.1], "testpmd": [0.5, 0.5, 0.5]},
+        "cold": {"vswitch": [42.0]},
+    }
+    text = report.text(made_up)
+    warm = row(text, "Seconds from", "with what it keeps from earlier ones")
+    assert warm == ["1.00 (0.95 to 1.05)", "0.50 (0.50 to 0.50)"]
+    cold = row(text, "Seconds from", "without")
+    assert cold == ["42.00 (42.00 to 42.00)", "keeps nothing"]
+
+
 def test_ways_between_taps_are_shown(made_up):
     made_up["taps"] = {
         "bridge": {"tcp": [16.0, 17.0, 18.0], "small": [0.5, 0.5, 0.5]},
