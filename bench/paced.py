@@ -1,9 +1,9 @@
 """The rate that a system forwards without loss, and how long frames take below it.
 
 RFC 2544 section 26.1: between a rate that loses frames and one that does not, the middle is
-tried. Section 26.2, but as percentiles, and at parts of each system's own rate, as times at
-full rings only say how long rings are. A frame's time begins when it is due, not when
-there was room for it.
+tried; by ratio, so that steps are as fine for every system. Section 26.2, but as
+percentiles, and at parts of each system's own rate, as times at full rings only say how
+long rings are. A frame's time begins when it is due, not when there was room for it.
 
 Every sender sends at its part of the rate. A frame that finds its ring full is lost; one
 that is late because the generator had no processor is nobody's loss, but a trial with many
@@ -12,6 +12,7 @@ system may be capable of more. Hosts take processors away for longer than rings 
 rate has to lose nothing in one of several trials.
 """
 
+import math
 import time
 from typing import Final, NamedTuple
 
@@ -31,6 +32,7 @@ _TIMES_PART: Final = 0.5
 _LINGER_S: Final = 0.01
 _LATE: Final = 0.02  # of what was due
 _BEYOND: Final = 1.1  # of what comes through when all is sent that goes
+_SPAN: Final = 256  # the highest rate that is tried is so many times the lowest
 
 
 class Found(NamedTuple):
@@ -76,17 +78,17 @@ def measure(it: Streams, place: Place, seconds: float) -> Paced:
 
 def search(it: Streams, most: float, seconds: float) -> Found:
     """The highest rate below `most` of which no frame is lost in one of the trials."""
-    low, high, at_least = 0.0, most, False
+    low, high, found, at_least = most / _SPAN, most, 0.0, False
     for _ in range(_STEPS):
-        middle = (low + high) / 2
+        middle = math.sqrt(low * high)
         lost = [_lost(it, middle, seconds)]
         while lost[-1] != 0 and len(lost) < _TRIALS:
             lost.append(_lost(it, middle, seconds))
         if lost[-1] == 0:
-            low = middle
+            low = found = middle
         else:
             high, at_least = middle, None in lost
-    return Found(low, at_least, high)
+    return Found(found, at_least, high)
 
 
 def _lost(it: Streams, mpps: float, seconds: float) -> int | None:

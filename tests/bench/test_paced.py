@@ -13,7 +13,8 @@ from tests.bench.made_up import searches
 from vswitch.guest.traffic import Totals
 
 MOST = 12.8
-STEP = MOST / 2**paced._STEPS
+STEP = paced._SPAN**0.5**paced._STEPS  # from a rate to the next
+FIRST = MOST / paced._SPAN**0.5
 
 
 class Limited:
@@ -42,26 +43,27 @@ class Limited:
 def test_the_rate_without_loss_is_found_to_a_step(limit):
     it = Limited(limit)
     found = paced.search(it, MOST, 1.0)
-    assert limit - STEP < found.mpps <= limit
-    assert found.lossy_mpps == pytest.approx(found.mpps + STEP)
+    assert limit / STEP < found.mpps <= limit
+    assert found.lossy_mpps == pytest.approx(found.mpps * STEP)
     assert not found.at_least
-    assert it.tried[0] == MOST / 2
+    assert it.tried[0] == FIRST
 
 
 def test_one_trial_that_loses_is_not_believed():
-    assert paced.search(Limited(6.5, unlucky={1, 2}), MOST, 1.0).mpps >= 6.4
-    assert paced.search(Limited(6.5, unlucky={1, 2, 3}), MOST, 1.0).mpps < 6.4
+    assert paced.search(Limited(6.5, unlucky={1, 2}), MOST, 1.0).mpps > FIRST
+    assert paced.search(Limited(6.5, unlucky={1, 2, 3}), MOST, 1.0).mpps < FIRST
 
 
 def test_a_generator_that_is_too_slow_says_nothing_against_the_system():
     found = paced.search(Limited(9.0, generator=5.0), MOST, 1.0)
-    assert 5.0 - STEP < found.mpps <= 5.0 * 1.03
+    assert 5.0 / STEP < found.mpps <= 5.0 * 1.03
     assert found.at_least
 
 
 def test_where_all_rates_lose_the_rate_is_none():
     found = paced.search(Limited(0.0), MOST, 1.0)
-    assert (found.mpps, found.lossy_mpps) == (0.0, pytest.approx(STEP))
+    assert found.mpps == 0.0
+    assert found.lossy_mpps == pytest.approx(MOST / paced._SPAN * STEP)
 
 
 def test_rates_without_loss_are_judged_as_rates_are():
