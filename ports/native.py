@@ -344,6 +344,9 @@ _c_eventfd_write: Final = types.ExternalFunction(
 _c_epoll_wait: Final = types.ExternalFunction(
     "epoll_wait", types.int32(types.int32, types.int64, types.int32, types.int32)
 )
+_c_clock_gettime: Final = types.ExternalFunction(
+    "clock_gettime", types.int32(types.int32, types.int64)
+)
 _c_setitimer: Final = types.ExternalFunction(
     "setitimer", types.int32(types.int32, types.int64, types.int64)
 )
@@ -658,6 +661,15 @@ def wait_epoll(fd: int, events: int, room: int, timeout_ms: int) -> int:
     return got if got >= 0 else -ctypes.get_errno()
 
 
+_CLOCK_MONOTONIC: Final = 1  # <bits/time.h>
+
+
+def monotonic_ns(timespec: int) -> int:
+    """What `time.monotonic_ns` says, by way of 16 bytes of ours at an address."""
+    _libc.clock_gettime(_CLOCK_MONOTONIC, ctypes.c_void_p(timespec))
+    return load_u64(timespec) * 10**9 + load_u64(timespec + 8)
+
+
 _ITIMER_REAL: Final = 0  # <sys/time.h>
 
 
@@ -805,6 +817,15 @@ def _wait_epoll(fd: Any, events: Any, room: Any, timeout_ms: Any) -> Any:
     def body(fd: int, events: int, room: int, timeout_ms: int) -> int:
         got = _c_epoll_wait(fd, events, room, timeout_ms)
         return got if got >= 0 else -_load_u32(_c_errno())
+
+    return body
+
+
+@overload(monotonic_ns, strict=False)
+def _monotonic_ns(timespec: Any) -> Any:
+    def body(timespec: int) -> int:
+        _c_clock_gettime(_CLOCK_MONOTONIC, timespec)
+        return _load_u64(timespec) * 10**9 + _load_u64(timespec + 8)
 
     return body
 

@@ -41,10 +41,10 @@ from vswitch.datapath import fdb, loop, sleep
 from vswitch.records import WORKER_POLLING
 
 _TURN_NS: Final = 1_000_000
-_SLEEP_MS: Final = 1000  # then the fdb ages a little
+_SLEEP_MS: Final = 1000  # then the fdb is to age
 _NAP_MS: Final = 1  # as long as there is a ring that nobody kicks
-_EXPIRE_AWAKE: Final = 128  # buckets a turn
-_EXPIRE_ASLEEP: Final = 8192
+_EXPIRE_A_S: Final = 1 << 14  # buckets of the fdb, so all of them in eight seconds
+_EXPIRE_LEAST: Final = 64  # at once
 _PROGRESS_S: Final = 0.2
 _LONGEST_WAIT_US: Final = 10_000
 
@@ -85,6 +85,7 @@ class Worker:
         )
         self._bed["longest_ms"] = _SLEEP_MS
         self._next_bucket = 0
+        self._aged_ns = time.monotonic_ns()
         self._send_lock = threading.Lock()
         self._turn_cycles = 1
         self._handlers: dict[str, Callable[..., object]] = {
@@ -142,8 +143,8 @@ class Worker:
                 *(self._ctx, self._number, self._polled),
                 *(now_s, self._turn_cycles, bell),
             )
-            self._age(_EXPIRE_AWAKE, now_s)
             now = time.monotonic_ns()
+            self._age(now, now_s)
             if moved:
                 last_frame = now
             self._report_lost()
@@ -151,24 +152,21 @@ class Worker:
             self._handle_messages()
             idle = not moved and now - last_frame >= self._idle_ns
             if idle and not (self._busy and self._polled.size):
-                self._sleep(now_s)
+                sleep.sleep(
+                    *(self._ctx, self._number, self._polled),
+                    *(self._bed, self._turn_cycles),
+                )
                 last_frame = time.monotonic_ns()
 
-    def _sleep(self, now_s: int) -> None:
-        """Sleep until a kick, a tap's frame, a message, or the longest time has passed."""
-        events = sleep.sleep(
-            *(self._ctx, self._number, self._polled, self._bed),
-            *(now_s, self._turn_cycles),
+    def _age(self, now: int, now_s: int) -> None:
+        """Age the fdb as the time passes; one worker is enough for that."""
+        due = min((now - self._aged_ns) * _EXPIRE_A_S // 10**9, _EXPIRE_A_S)
+        if self._number != 0 or due < _EXPIRE_LEAST:
+            return
+        self._aged_ns = now
+        self._next_bucket = loop.expire(
+            self._ctx, self._next_bucket, due, self._number, now_s
         )
-        if events == 0 and self._bed["longest_ms"] == _SLEEP_MS:
-            self._age(_EXPIRE_ASLEEP, segment.elapsed_s(self._shared))
-
-    def _age(self, buckets: int, now_s: int) -> None:
-        """Age the fdb; one worker is enough for that."""
-        if self._number == 0:
-            self._next_bucket = loop.expire(
-                self._ctx, self._next_bucket, buckets, self._number, now_s
-            )
 
     def _handle_messages(self) -> None:
         while True:

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 
 import numpy as np
@@ -91,6 +92,11 @@ def jit_epoll(fd, events):
 @native.jit
 def jit_alarm(timer):
     native.set_alarm(timer)
+
+
+@native.jit
+def jit_clock(timespec):
+    return native.monotonic_ns(timespec)
 
 
 def twin(function):
@@ -183,6 +189,13 @@ def test_wait_epoll_says_how_many_events_there_are_or_the_errno(wait):
             assert wait(fd, memory.ctypes.data) == -errno.EINVAL
     finally:
         os.close(fd)
+
+
+@pytest.mark.parametrize("clock", [jit_clock, twin(jit_clock)], ids=["jit", "twin"])
+def test_monotonic_ns_is_that_of_python(clock):
+    timespec = np.zeros(2, np.int64)
+    before = time.monotonic_ns()
+    assert before <= clock(timespec.ctypes.data) <= time.monotonic_ns()
 
 
 @pytest.mark.parametrize("set_", [jit_alarm, twin(jit_alarm)], ids=["jit", "twin"])

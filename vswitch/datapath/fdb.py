@@ -3,8 +3,8 @@
 Buckets of one cache line; a key (VLAN and address in one word) can live only in the
 bucket that its hash names, so a lookup has a fixed worst case. The hash has a secret
 multiplier, or a guest could aim at somebody's bucket. `learn` refreshes the stamp;
-an entry older than the ageing time is not found any more, and `expire` clears a few
-hundred buckets a turn, so no turn is ever long.
+an entry older than the ageing time is not found any more, and `expire` clears some
+buckets between turns, as many as the time that has passed asks for.
 
 A port may own `PORT.max_addresses` entries. At its limit, or when a bucket is full, an
 address can only push out an expired one or the oldest learned entry of the port that
