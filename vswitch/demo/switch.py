@@ -15,7 +15,7 @@ from vswitch import shared
 from vswitch.demo.screen import Screen
 from vswitch.errors import VswitchError
 
-_COMMAND_S: Final = 120.0  # the first `up` compiles
+_COMMAND_S: Final = 300.0  # the first `up` compiles
 _END_S: Final = 10.0
 _CLI: Final = "from vswitch.cli import main; main()"
 
