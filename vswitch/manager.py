@@ -91,7 +91,6 @@ class Manager:
             self._before = state.read(self._run_dir) or NOTHING
             self._options = under(self._options, self._before.switch)
             check_options(self._options)
-            _make_way(self._options)
             self._find_or_make()
             try:
                 await self._start_and_serve()
@@ -324,18 +323,6 @@ def run(options: argparse.Namespace, report: Callable[[Arguments], None]) -> int
         report({"error": {"code": error.code, "message": str(error)}})
         return error.code
     return 0
-
-
-def _make_way(options: argparse.Namespace) -> None:
-    """Be where no worker is, with whatever we start, if there is such a CPU.
-
-    What we do several times a second takes a third of a millisecond, and a ring may be
-    full after some microseconds.
-    """
-    cpus = options.cpus
-    theirs = {cpus[number % len(cpus)] for number in range(options.workers)}
-    if others := os.sched_getaffinity(0) - theirs:
-        os.sched_setaffinity(0, others)
 
 
 async def _run(
