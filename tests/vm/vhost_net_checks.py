@@ -123,11 +123,11 @@ def vhost_threads():
 
 
 def open_files(pid):
-    """How many there are, but those that the manager looks into for a moment."""
+    """How many there are, but whom it answers and what it looks into for a moment."""
     count = 0
     for entry in Path(f"/proc/{pid}/fd").iterdir():
         with suppress(FileNotFoundError):  # closed meanwhile
-            count += not str(entry.readlink()).startswith("/proc/")
+            count += not str(entry.readlink()).startswith(("/proc/", "socket:"))
     return count
 
 
