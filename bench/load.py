@@ -14,7 +14,7 @@ from contextlib import ExitStack, contextmanager
 from typing import Final, NamedTuple
 
 from bench import machine
-from bench.judge import spread
+from bench.judge import ratios, spread
 from bench.local import Local, running
 from bench.turns import take_turns
 from vswitch.guest import Guest
@@ -94,7 +94,7 @@ def main() -> None:
 
 
 def _table(ports: int, alone: Sequence[float], beside: Sequence[float]) -> str:
-    ratio = spread(_ratios(alone, beside))
+    ratio = ratios(beside, alone)
     low = "" if ratio.median >= LEAST else f"  BELOW {LEAST}"
     return (
         f"{machine.processor()}, one worker, {STREAMS} streams of {LENGTH} bytes,"
@@ -109,17 +109,13 @@ def _json_line(ports: int, alone: Sequence[float], beside: Sequence[float]) -> s
     return json.dumps(
         {
             "name": f"load_{ports}_ports",
-            "value": spread(_ratios(alone, beside)).median,
+            "value": ratios(beside, alone).median,
             "unit": "of the rate with 2 ports",
             "better": "higher",
             "alone_mpps": alone,
             "beside_mpps": beside,
         }
     )
-
-
-def _ratios(alone: Sequence[float], beside: Sequence[float]) -> list[float]:
-    return [many / two for two, many in zip(alone, beside, strict=True)]
 
 
 if __name__ == "__main__":

@@ -51,7 +51,14 @@ def round_trip_ns(cpu: int, other: int) -> float:
     return cycles / _TRIPS / tsc_hz() * 1e9
 
 
-def wake_us(place: "Place", silence_us: float, rounds: int) -> tuple[float, float]:
+class Place(NamedTuple):
+    """Where things run."""
+
+    cpu: int  # a switch's forwarding thread, alone
+    other: int  # everything else, and the generator
+
+
+def wake_us(place: Place, silence_us: float, rounds: int) -> tuple[float, float]:
     """Microseconds until a bare sleeper has been woken: the median, and what 99 % take.
 
     It sleeps on the forwarding processor in epoll on an eventfd, and does nothing else.
@@ -72,13 +79,6 @@ def wake_us(place: "Place", silence_us: float, rounds: int) -> tuple[float, floa
     os.close(fd)
     median, most = np.percentile(times / tsc_hz() * 1e6, (50, 99))
     return float(median), float(most)
-
-
-class Place(NamedTuple):
-    """Where things run."""
-
-    cpu: int  # a switch's forwarding thread, alone
-    other: int  # everything else, and the generator
 
 
 def place(given: str = "") -> Place:

@@ -89,9 +89,7 @@ class Kind(NamedTuple):
 
     start: Start
     missing: Callable[[], str] = _there  # why it cannot be had here, or nothing
-    cache: str = (
-        ""  # a variable that names a directory for what it keeps between starts
-    )
+    cache: str = ""  # the variable that says where it keeps things between starts
 
 
 @contextmanager

@@ -44,9 +44,9 @@ def pytest_collection_modifyitems(items):
     for place, path in enumerate(guests):
         files.remove(path)
         files.insert(2 * place + 1, path)
-    for path in [path for path in files if path.name == "test_vhost_net.py"]:
-        if folder(path) == "vm":
-            files.remove(path)
-            files.insert(2 * len(guests), path)
+    interpreted = here / "vm/test_vhost_net.py"
+    if interpreted in files:
+        files.remove(interpreted)
+        files.insert(2 * len(guests), interpreted)
     order = {path: number for number, path in enumerate(files)}
     items.sort(key=lambda item: order[item.path])

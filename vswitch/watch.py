@@ -54,7 +54,6 @@ class Seen(NamedTuple):
     """A worker at one look."""
 
     now_s: float
-    turns: int
     asleep: bool  # by its own account
     thread: Thread
     held_up: bool  # another thread of it wants to run
@@ -77,15 +76,14 @@ class Account:
         before, self._turns = self._turns, turns
         if turns == before:
             return False
-        self.on_cpu_s = self.blocked_s = 0.0
-        self._last = None
+        self._last = None  # the next look begins a new account
         return True
 
     def note(self, seen: Seen) -> bool:
-        """Note a look at the worker; whether it hangs."""
+        """Note a look at a worker that has not `turned`; whether it hangs."""
         last, self._last = self._last, seen
         sleeps = seen.asleep and seen.thread.state == _ASLEEP
-        if last is None or sleeps or seen.turns != last.turns:
+        if last is None or sleeps:
             self.on_cpu_s = self.blocked_s = 0.0
             return False
         on_cpu_s = seen.thread.cpu_s - last.thread.cpu_s
@@ -111,14 +109,14 @@ class Account:
 
 def look_at(pid: int, record: np.void) -> Seen | None:
     """Look at a worker by its pid and WORKER record; None if it is gone."""
-    turns, asleep = int(record["turns"]), int(record["state"]) == WORKER_SLEEPING
+    asleep = int(record["state"]) == WORKER_SLEEPING
     threads = Path(f"/proc/{pid}/task")
     try:
         thread = _read(threads / str(pid))
         held_up = thread.state in _WAITING and not asleep and _others_run(threads, pid)
     except (FileNotFoundError, ProcessLookupError):
         return None
-    return Seen(time.monotonic(), turns, asleep, thread, held_up)
+    return Seen(time.monotonic(), asleep, thread, held_up)
 
 
 def _others_run(threads: Path, pid: int) -> bool:

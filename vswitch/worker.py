@@ -133,8 +133,7 @@ class Worker:
         """Serve until the manager goes away."""
         # Nothing in a turn may wait; what a guest makes wait is interrupted.
         signal.signal(signal.SIGALRM, lambda *_: None)
-        longest_s = _LONGEST_WAIT_US / 1e6
-        signal.setitimer(signal.ITIMER_REAL, longest_s, longest_s)
+        native.set_alarm(int(self._bed["alarm"]))
         last_frame = time.monotonic_ns()
         bell = 0
         while True:

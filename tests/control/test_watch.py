@@ -14,14 +14,15 @@ def looks(account, count, *, state, cpu=0.0, turns=0, asleep=False, held_up=Fals
         last = account._last
         now_s = last.now_s + PERIOD_S if last else 100.0
         cpu_s = last.thread.cpu_s + cpu * PERIOD_S if last else 7.0
-        count = last.turns + turns if last else 5
-        seen = Seen(now_s, count, asleep, Thread(state, cpu_s), held_up)
+        seen = Seen(now_s, asleep, Thread(state, cpu_s), held_up)
+        account.turned(account._turns + turns)
         hangs = account.note(seen)
     return hangs
 
 
 def begin(state="R"):
     account = Account()
+    assert account.turned(5)
     assert not looks(account, 1, state=state)
     return account
 
@@ -86,8 +87,7 @@ def test_what_passes_while_nobody_looks_is_held_against_nobody():
 
 
 def test_whoever_has_turned_is_not_even_looked_at():
-    account = begin()
-    assert account.turned(5)
+    account = begin()  # it has turned, says this
     assert not looks(account, LOOKS // 2, state="R", cpu=1.0)
     assert not account.turned(5)
     assert account.turned(6)

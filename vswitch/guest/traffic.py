@@ -138,8 +138,11 @@ class Generator:
                 f"cannot time frames of {least} bytes, raw={raw}: it takes raw=True and "
                 f"{stream.MIN_TIMED} bytes"
             )
-        self.layout, self._mix = layout, tuple(mix)
-        self._lengths = self._mix or (most,)
+        self.layout = layout
+        lengths = tuple(mix) or (most,)
+        self._lengths = [
+            lengths[slot % len(lengths)] for slot in range(layout.plan.size)
+        ]
         mac = dst.mac if isinstance(dst, Guest) else mac_bytes(dst)
         _check_addresses(addresses)
         start = mac + guest.mac + ETHERTYPE.to_bytes(2, "big")
@@ -206,9 +209,7 @@ class Generator:
     @property
     def length(self) -> float:
         """Bytes of a frame, the mean of a mix, the most of a range."""
-        size = self.layout.plan.size
-        lengths = [self._lengths[slot % len(self._lengths)] for slot in range(size)]
-        return sum(lengths) / size
+        return sum(self._lengths) / len(self._lengths)
 
     def prepare(self) -> None:
         """Write what stays the same in all frames; raw only."""
@@ -223,8 +224,9 @@ class Generator:
         layout.buffers[:, :header] = 0
         layout.buffers[:, header : header + stream.WORD_OFFSET] = self._template
         driver.raw_prepare(ring, header + self._lengths[0])
-        for slot in range(layout.plan.size if self._mix else 0):
-            length = self._lengths[slot % len(self._lengths)]
+        if self.record["min_len"] == self.record["max_len"]:
+            return
+        for slot, length in enumerate(self._lengths):  # a mix
             driver.describe(ring, slot, header + length)
             at = int(ring["buffers"]) + slot * int(ring["stride"]) + header
             store_any_u16(at + stream.LENGTH_OFFSET, length)
