@@ -175,6 +175,11 @@ def own_wait_s() -> float:
     return _schedstat(Path("/proc/thread-self"))[1] / 1e9
 
 
+def is_halted(group: int) -> bool:
+    """Whether every thread that a process group still has is stopped."""
+    return all(_state(thread) in "TZX" for thread in _threads(group))
+
+
 def _threads(group: int) -> Iterator[Path]:
     for process in _processes(group):
         with suppress(OSError):  # it has ended
@@ -186,6 +191,14 @@ def _processes(group: int) -> Iterator[Path]:
         with suppress(OSError):  # it has ended
             if os.getpgid(int(process.name)) == group:
                 yield process
+
+
+def _state(thread: Path) -> str:
+    """The letter for what a thread does: proc_pid_stat(5)."""
+    try:
+        return (thread / "stat").read_text().rpartition(") ")[2][0]
+    except OSError:
+        return "X"  # it has ended
 
 
 def _schedstat(thread: Path) -> tuple[int, int]:

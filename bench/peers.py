@@ -9,6 +9,7 @@ is halted while another forwards, as all of them get the same processor.
 import os
 import re
 import signal
+import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -339,7 +340,7 @@ def _commanded(
 
 @contextmanager
 def _halted(group: int) -> Iterator[None]:
-    daemon.tell(group, signal.SIGSTOP)
+    _halt(group)
     try:
         yield
     finally:
@@ -352,7 +353,18 @@ def _awake(group: int) -> Iterator[None]:
     try:
         yield
     finally:
-        daemon.tell(group, signal.SIGSTOP)
+        _halt(group)
+
+
+def _halt(group: int) -> None:
+    """Stop all its threads: one waits for a processor first, and meanwhile others go on."""
+    daemon.tell(group, signal.SIGSTOP)
+    deadline = time.monotonic() + daemon.START_S
+    while not machine.is_halted(group):
+        if time.monotonic() > deadline:
+            message = f"a switch did not halt within {daemon.START_S:.0f} s"
+            raise daemon.DaemonError(message)
+        time.sleep(0.001)
 
 
 def _sockets(directory: Path, need: Need) -> list[Path]:

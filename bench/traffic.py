@@ -142,6 +142,8 @@ class Streams:
                 message = f"{self.system.name} forwards nothing within {START_S:.0f} s"
                 raise CountsError(message)
             self.send(_TRIAL_S)
+            # Other threads of the system share this processor, and have to learn, too.
+            time.sleep(_TRIAL_S)
 
     def _is_known(self) -> bool:
         """Whether every stream has come through, and all its addresses several times."""
