@@ -393,6 +393,13 @@ class Guest:
                     )
                 driver.reap(layout.ring)
 
+    def outstanding(self) -> int:
+        """How many frames the switch has not given back yet."""
+        layouts = self.layouts[1::2]
+        for layout in layouts:
+            driver.reap(layout.ring)
+        return sum(layout.outstanding for layout in layouts)
+
     def receive(
         self,
         timeout: float = 1.0,
