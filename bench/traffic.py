@@ -240,17 +240,16 @@ def measure(it: Streams, place: Place, seconds: float) -> Slice:
 
 def idle(system: System, seconds: float, queue_size: int) -> Idle:
     """What a system takes with two guests that send nothing."""
-    load = Load()
+    load = Load(raw=False)
     with attached(system, Wiring.of(load), queue_size) as guests:
+        Streams(system, load, guests)
         with system.forwarding():
             single, wake = _times(guests[0], guests[1])
-        Streams(system, load, guests)
         return Idle(single, wake, *_idle(system, seconds))
 
 
 def _times(sender: Guest, receiver: Guest) -> list[tuple[float, float]]:
     """Of single frames, and of those after a silence."""
-    _announce(receiver, [receiver.mac])
     found = []
     for rounds, gap_us in (
         (_SINGLES // 10, 0.0),

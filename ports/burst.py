@@ -39,7 +39,6 @@ FRAME: Final = np.dtype(
         ("segments", "<i8"),  # number of pieces
         ("first_segment", "<i8"),  # row in the segments table, for more than one piece
         ("egress", "<i8"),  # port slot, or a negative verdict
-        ("next", "<i8"),  # next frame of the burst for the same egress, -1 at the end
         ("offload", "<i8"),  # address of a clean virtio-net header, or 0: asks nothing
     ]
 )
@@ -100,12 +99,12 @@ CONTEXT: Final = np.dtype(
         ("lowered", "<i8"),  # a frame to be lowered, then what is made of it
         ("lowered_rows", "<i8"),  # i8[]: the rows behind the burst
         ("offloads", "<i8"),  # not an address: frames of the burst that ask
-        ("picked", "<i8"),  # i8[]: frames for one egress
+        ("picked", "<i8"),  # i8[]: the frames that are sent now, by their rows
         ("pair_of", "<i8"),  # i8[]: of the picked frames, the receive queue of each
         ("spread", "<i8"),  # i8[]: those for one of them
         ("peek", "<i8"),  # the beginning of a frame in pieces
-        ("first", "<i8"),  # i8[MAX_PORTS]: first frame for a port, or -1
-        ("last", "<i8"),  # i8[MAX_PORTS]: last frame for a port
+        ("lists", "<i8"),  # i8[MAX_PORTS][BURST_SIZE]: frames for each port
+        ("counts", "<i8"),  # i8[MAX_PORTS]: how many
         ("egresses", "<i8"),  # i8[]: ports with frames
         ("awake", "<i8"),  # u1[]: of the polled rings, which brought frames last time
         ("uring", "<i8"),  # URING, or 0: this worker has none
@@ -131,8 +130,8 @@ def make_scratch() -> dict[str, "np.ndarray[Any, np.dtype[Any]]"]:
         "pair_of": np.zeros(BURST_SIZE, np.int64),
         "spread": np.zeros(BURST_SIZE, np.int64),
         "peek": np.zeros(128, np.uint8),
-        "first": np.full(MAX_PORTS, -1, np.int64),
-        "last": np.zeros(MAX_PORTS, np.int64),
+        "lists": np.zeros((MAX_PORTS, BURST_SIZE), np.int64),
+        "counts": np.zeros(MAX_PORTS, np.int64),
         "egresses": np.zeros(BURST_SIZE, np.int64),
         "awake": np.zeros(MAX_PORTS * RINGS_PER_PORT // 2, np.uint8),
     }

@@ -12,7 +12,14 @@ virtio-net has no frame check sequence and neither have we: a frame is forwarded
 from typing import Final
 
 from ports import dispatch
-from ports.burst import BAD_CHAIN, BAD_HEADER, ETH_SNAPSHOT, TOO_LONG, TOO_SHORT
+from ports.burst import (
+    BAD_CHAIN,
+    BAD_HEADER,
+    BURST_SIZE,
+    ETH_SNAPSHOT,
+    TOO_LONG,
+    TOO_SHORT,
+)
 from ports.native import Record, jit, load_u64, prefetch_read, store_u64
 from ports.views import frame_at, port_at
 from vswitch.datapath import fdb
@@ -33,10 +40,9 @@ DROP: Final = -2
 # long as to forward a small frame, and bursts are how rings share a worker: who invents
 # addresses is to have no more than his part. The rest of the burst is not looked at.
 _NEW_A_BURST: Final = 8
-_NO_FRAME: Final = -1
+_NO_PORT: Final = -1
 _NO_KEY: Final = 0
 _NO_ADDRESS: Final = -1  # differs from whatever a frame may hold
-_AHEAD: Final = 8  # frames from the one that is looked up to the one that is asked for
 
 
 @jit
@@ -51,20 +57,19 @@ def forward_burst(ctx: Record, worker: int, ring: Record, n: int, now_s: int) ->
 
 
 @jit
-def _ask_ahead(ctx: Record, seed: int, offset: int, asked: int, i: int, n: int) -> int:
-    """Have the buckets of the next frames in the cache when their turn comes.
+def _ask_ahead(ctx: Record, seed: int, offset: int, i: int, n: int) -> int:
+    """Have the buckets of the frames after the i-th of `n` on their way to the cache.
 
-    `offset` is that of the address within a frame, `asked` the first frame that was not
-    asked for (the result is the next such), `i` the one in hand of `n`.
+    `offset` is that of the address within a frame. Returns `n`: nothing is left to ask.
     """
-    end = min(i + 1 + _AHEAD, n)
     table = int(ctx["fdb"])
-    for k in range(max(asked, i + 1), end):
-        frame = frame_at(int(ctx["burst"]), k)
+    burst = int(ctx["burst"])
+    for k in range(i + 1, n):
+        frame = frame_at(burst, k)
         if int(frame["length"]) >= 0:
             key = read_address(int(frame["eth"]), offset)
             prefetch_read(fdb.bucket_of(table, seed, key))
-    return end
+    return n
 
 
 @jit
@@ -85,12 +90,14 @@ def decide(
     tally = tally_at(ctx, worker, ingress)
     burst = int(ctx["burst"])
     heads = int(ctx["heads"])
-    first = int(ctx["first"])
-    last = int(ctx["last"])
+    counts = int(ctx["counts"])
     egresses = int(ctx["egresses"])
     last_src = _NO_KEY
     last_dst = _NO_ADDRESS
     last_egress = DROP
+    listed = _NO_PORT  # the port whose list is at hand
+    row = 0
+    count = 0
     n_egresses = 0
     room = _NEW_A_BURST
     n_bytes = 0
@@ -122,8 +129,8 @@ def decide(
             continue
         if src != last_src:
             if room > 0:
-                if last_src != _NO_KEY:  # nor come from one
-                    asked_src = _ask_ahead(ctx, seed, SOURCE, asked_src, i, n)
+                if last_src != _NO_KEY and asked_src == 0:  # nor come from one
+                    asked_src = _ask_ahead(ctx, seed, SOURCE, i, n)
                 room -= fdb.learn(ctx, src, ingress, worker, now_s, tally)
             else:
                 tally["fdb_refused"] += 1
@@ -142,8 +149,8 @@ def decide(
         elif dst == last_dst:
             egress = last_egress
         else:
-            if last_dst != _NO_ADDRESS:  # not all frames go to one address
-                asked_dst = _ask_ahead(ctx, seed, DESTINATION, asked_dst, i, n)
+            if last_dst != _NO_ADDRESS and asked_dst == 0:  # not all go to one address
+                asked_dst = _ask_ahead(ctx, seed, DESTINATION, i, n)
             egress = fdb.lookup(
                 fdb.bucket_of(int(ctx["fdb"]), seed, dst), dst, now_s, ageing_s
             )
@@ -160,15 +167,20 @@ def decide(
             tally["rx_drop_hairpin"] += 1
             continue
         frame["egress"] = egress
-        frame["next"] = _NO_FRAME
         forwarded += 1
-        if load_u64(first + 8 * egress) == _NO_FRAME:
-            store_u64(first + 8 * egress, i)
-            store_u64(egresses + 8 * n_egresses, egress)
-            n_egresses += 1
-        else:
-            frame_at(burst, load_u64(last + 8 * egress))["next"] = i
-        store_u64(last + 8 * egress, i)
+        if egress != listed:
+            if listed != _NO_PORT:
+                store_u64(counts + 8 * listed, count)
+            listed = egress
+            row = _list_of(ctx, egress)
+            count = load_u64(counts + 8 * egress)
+            if count == 0:
+                store_u64(egresses + 8 * n_egresses, egress)
+                n_egresses += 1
+        store_u64(row + 8 * count, i)
+        count += 1
+    if listed != _NO_PORT:
+        store_u64(counts + 8 * listed, count)
     ctx["offloads"] = offloads
     tally["rx_frames"] += n
     tally["rx_bytes"] += n_bytes
@@ -190,20 +202,20 @@ def _count_malformed(tally: Record, verdict: int) -> None:
 
 
 @jit
+def _list_of(ctx: Record, egress: int) -> int:
+    """Address of the list of frames for a port."""
+    return int(ctx["lists"]) + 8 * BURST_SIZE * egress
+
+
+@jit
 def _send_lists(ctx: Record, worker: int, n_egresses: int) -> None:
     """Send every egress port's list, in the order in which the ports came up."""
-    burst = int(ctx["burst"])
-    picked = int(ctx["picked"])
     for at in range(n_egresses):
         egress = load_u64(int(ctx["egresses"]) + 8 * at)
-        first = int(ctx["first"]) + 8 * egress
-        n = 0
-        i = load_u64(first)
-        while i != _NO_FRAME:
-            store_u64(picked + 8 * n, i)
-            n += 1
-            i = int(frame_at(burst, i)["next"])
-        store_u64(first, _NO_FRAME)
+        count = int(ctx["counts"]) + 8 * egress
+        n = load_u64(count)
+        store_u64(count, 0)
+        ctx["picked"] = _list_of(ctx, egress)
         dispatch.transmit(ctx, egress, worker, n, tally_at(ctx, worker, egress))
 
 
@@ -213,19 +225,20 @@ def _send_to_all(ctx: Record, worker: int, ingress: int, n: int) -> None:
 
     A port that is not up gets no flooded frames, and none are counted for it.
     """
-    picked = int(ctx["picked"])
     for egress in range(int(header_at(int(ctx["header"]), 0)["port_slots"])):
-        first = int(ctx["first"]) + 8 * egress
-        listed = load_u64(first) != _NO_FRAME
-        store_u64(first, _NO_FRAME)
+        count = int(ctx["counts"]) + 8 * egress
+        listed = load_u64(count) > 0
+        store_u64(count, 0)
         up = int(port_at(int(ctx["ports"]), egress)["up"]) != 0
         floods = egress != ingress and up
         if not listed and not floods:
             continue
+        picked = _list_of(ctx, egress)
         picks = 0
         for i in range(n):
             to = int(frame_at(int(ctx["burst"]), i)["egress"])
             if to == egress or (floods and to == FLOOD):
                 store_u64(picked + 8 * picks, i)
                 picks += 1
+        ctx["picked"] = picked
         dispatch.transmit(ctx, egress, worker, picks, tally_at(ctx, worker, egress))
