@@ -20,10 +20,10 @@ from vswitch.guest.traffic import hammer
 STATION, OTHER = b"\x02\x00\x00\x00\x00\x0a", b"\x02\x00\x00\x00\x00\x0b"
 ENABLE, DISABLE, DESC = 0, 1, 2  # of a packed ring's event area
 FULL = 2**64 - 2  # an eventfd takes no more
-ROUNDS = 3_000  # four times
-# After a turn with frames, that is up to 1 ms after the first of them, a worker falls
-# asleep if nothing comes for 100 us; so some of these gaps it sleeps in and others not.
-AROUND_THE_EDGE_US = (100.0, 400.0)
+ROUNDS = 2_000  # four times
+# A turn with frames ends 1 ms after it began, and after one without any, of 125 us, a
+# worker falls asleep; so in some of these gaps it sleeps and in others not.
+AROUND_THE_EDGE_US = (200.0, 1500.0)
 
 
 class Caller:

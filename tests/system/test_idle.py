@@ -4,12 +4,7 @@ import time
 
 from tests.system.net import cpu_seconds, exchange_both_ways
 
-EVENT_IDX = 1 << 29
 WINDOW_S = 3.0
-ROUNDS = 25_000  # four times
-# After a turn with frames, that is up to 1 ms after the first of them, a worker falls
-# asleep if nothing comes for 100 us; so some of these gaps it sleeps in and others not.
-AROUND_THE_EDGE_US = (100.0, 400.0)
 
 
 def busiest(pids):
