@@ -131,10 +131,10 @@ def seal(dst: int, frame: Record) -> None:
 
 
 @jit
-def aim(ctx: Record, k: int, addr: int, gpa: int, need: int) -> None:
+def aim(aims: int, k: int, addr: int, gpa: int, need: int) -> None:
     """Note where the next frames' number `k` goes, and ask for the first line there."""
     prefetch_write(addr)
-    row = aim_at(int(ctx["aims"]), k)
+    row = aim_at(aims, k)
     row["addr"] = addr
     row["gpa"] = gpa
     row["len"] = need

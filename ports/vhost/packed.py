@@ -462,7 +462,7 @@ def _aim(
             offset = gpa - window_gpa
             if offset < 0 or offset > window_size - need:
                 return k
-        aim(ctx, k, window_addr + offset, gpa, need)
+        aim(int(ctx["aims"]), k, window_addr + offset, gpa, need)
         _note(ring, redo, k, position, _used_word(position, word, need))
         position = _advance(position, 1, size)
     return n

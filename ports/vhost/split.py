@@ -99,10 +99,17 @@ def start(ring: Record) -> None:
 @jit
 def resync(ring: Record) -> None:
     """Set our positions from the ring itself; what a dead worker left is forgotten."""
-    used_idx = load_u16(int(ring["used"]) + USED_IDX)
-    ring["next_avail"] = used_idx
-    ring["next_used"] = used_idx
+    _move_to(ring, load_u16(int(ring["used"]) + USED_IDX))
     ring["signalled_used"] = -1
+
+
+@jit
+def _move_to(ring: Record, index: int) -> int:
+    """Go on at a free-running index, in both rings: what we take we give back in order."""
+    position = index & 0xFFFF
+    ring["next_avail"] = position
+    ring["next_used"] = position
+    return position
 
 
 @jit
@@ -126,10 +133,8 @@ def take(ring: Record, port: Record, ctx: Record, calls: Record) -> int:
     mask = size - 1
     desc = int(ring["desc"])
     used = int(ring["used"]) + USED_RING
-    next_used = int(ring["next_used"])
     header_len = int(ring["header_len"])
     shortest = header_len + MIN_FRAME
-    longest = header_len + MAX_FRAME
     burst = int(ctx["burst"])
     regions = int(ctx["regions"])
     first, count = region_rows(port)
@@ -138,7 +143,8 @@ def take(ring: Record, port: Record, ctx: Record, calls: Record) -> int:
     window_addr = 0
     n_segments = 0
     for i in range(n):
-        head = load_u16(avail + AVAIL_RING + 2 * ((next_avail + i) & mask))
+        slot = (next_avail + i) & mask
+        head = load_u16(avail + AVAIL_RING + 2 * slot)
         if head >= size:
             break_ring(ring, calls)
             n = i
@@ -148,10 +154,11 @@ def take(ring: Record, port: Record, ctx: Record, calls: Record) -> int:
         word = load_u64(entry + 8)
         length = word & _LEN_MASK
         flags = (word >> _FLAGS_SHIFT) & 0xFFFF
-        store_any_u64(used + USED_ELEM_SIZE * ((next_used + i) & mask), head)
+        store_any_u64(used + USED_ELEM_SIZE * slot, head)
         frame = frame_at(burst, i)
         frame["offload"] = 0
-        if flags == 0 and shortest <= length <= longest:
+        addr = 0
+        if flags == 0 and 0 <= length - shortest <= MAX_FRAME - MIN_FRAME:
             offset = gpa - window_gpa
             if offset < 0 or offset > window_size - length:
                 window_gpa, window_size, window_addr = find_window(
@@ -160,15 +167,15 @@ def take(ring: Record, port: Record, ctx: Record, calls: Record) -> int:
                 offset = gpa - window_gpa
             if 0 <= offset <= window_size - length:
                 addr = window_addr + offset + header_len
-                prefetch_read(addr)
-                frame["addr"] = addr
-                frame["eth"] = addr
-                frame["length"] = length - header_len
-                frame["segments"] = 1
-                continue
-        n_segments = _take_chain(ring, ctx, first, count, gpa, word, i, n_segments)
-    ring["next_avail"] = (next_avail + n) & 0xFFFF
-    ring["next_used"] = (next_used + n) & 0xFFFF
+        if addr == 0:
+            n_segments = _take_chain(ring, ctx, first, count, gpa, word, i, n_segments)
+            continue
+        prefetch_read(addr)
+        frame["addr"] = addr
+        frame["eth"] = addr
+        frame["length"] = length - header_len
+        frame["segments"] = 1
+    _move_to(ring, next_avail + n)
     return n
 
 
@@ -315,9 +322,7 @@ def put(ring: Record, port: Record, ctx: Record, n: int, tally: Record) -> int:
             tally["tx_drop_not_ready"] += n - k + 1
             break
     if taken > 0:
-        next_used = (int(ring["next_used"]) + taken) & 0xFFFF
-        ring["next_avail"] = (int(ring["next_avail"]) + taken) & 0xFFFF
-        ring["next_used"] = next_used
+        next_used = _move_to(ring, int(ring["next_avail"]) + taken)
         # Everything written above is visible to the driver that sees this index.
         store_release_u16(int(ring["used"]) + USED_IDX, next_used)
         if log_len > 0:
@@ -345,8 +350,8 @@ def _aim(
     avail = int(ring["avail"]) + AVAIL_RING
     used = int(ring["used"]) + USED_RING
     desc = int(ring["desc"])
-    next_avail = int(ring["next_avail"]) + taken
-    next_used = int(ring["next_used"]) + taken
+    aims = int(ctx["aims"])
+    position = int(ring["next_avail"]) + taken
     header_len = int(ring["header_len"])
     max_frame = int(port["max_frame"])
     burst = int(ctx["burst"])
@@ -358,7 +363,8 @@ def _aim(
     window_addr = 0
     for k in range(n):
         frame = frame_at(burst, load_u64(picks + 8 * k))
-        head = load_u16(avail + 2 * ((next_avail + k) & mask))
+        slot = (position + k) & mask
+        head = load_u16(avail + 2 * slot)
         if head >= size or int(frame["segments"]) != 1:
             return k
         if offload.is_too_long(frame, max_frame):
@@ -378,9 +384,8 @@ def _aim(
             offset = gpa - window_gpa
             if offset < 0 or offset > window_size - need:
                 return k
-        aim(ctx, k, window_addr + offset, gpa, need)
-        slot = used + USED_ELEM_SIZE * ((next_used + k) & mask)
-        store_any_u64(slot, head | (need << 32))
+        aim(aims, k, window_addr + offset, gpa, need)
+        store_any_u64(used + USED_ELEM_SIZE * slot, head | (need << 32))
     return n
 
 
@@ -404,12 +409,11 @@ def _put_pieces(
     size = int(ring["size"])
     mask = size - 1
     avail = int(ring["avail"]) + AVAIL_RING
-    next_avail = int(ring["next_avail"]) + taken
+    position = int(ring["next_avail"]) + taken
     mergeable = (int(ring["features"]) & F_MRG_RXBUF) != 0
     header_len = int(ring["header_len"])
     need = int(frame["length"]) + header_len
     used = int(ring["used"]) + USED_RING
-    next_used = int(ring["next_used"]) + taken
     targets = int(ctx["targets"])
     end = 0
     first_head = 0
@@ -420,7 +424,8 @@ def _put_pieces(
             return _PUT_TOO_LONG
         if chains == room - taken:
             return _PUT_FULL
-        head = load_u16(avail + 2 * ((next_avail + chains) & mask))
+        slot = (position + chains) & mask
+        head = load_u16(avail + 2 * slot)
         if head >= size:
             break_ring(ring, tally)
             return _PUT_BROKEN
@@ -434,8 +439,7 @@ def _put_pieces(
         if end < 0 or space == 0 or (chains == 0 and space < header_len):
             return _hand_back(ring, taken, first_head)
         filled = min(space, missing)
-        slot = used + USED_ELEM_SIZE * ((next_used + chains) & mask)
-        store_any_u64(slot, head | (filled << 32))
+        store_any_u64(used + USED_ELEM_SIZE * slot, head | (filled << 32))
         missing -= filled
         chains += 1
     header = int(ctx["heads"])

@@ -93,9 +93,8 @@ def decide(
     counts = int(ctx["counts"])
     egresses = int(ctx["egresses"])
     last_src = _NO_KEY
-    last_dst = _NO_ADDRESS
-    last_egress = DROP
-    listed = _NO_PORT  # the port whose list is at hand
+    last_dst = _NO_ADDRESS  # of a frame before this that went where `listed` says
+    listed = _NO_PORT  # the port whose list is at hand: its address, its length
     row = 0
     count = 0
     n_egresses = 0
@@ -123,62 +122,56 @@ def decide(
                 tally["rx_drop_bad_header"] += 1
                 continue
             offloads += 1
-        if src == _NO_KEY or is_group(src):
-            frame["egress"] = DROP
-            tally["rx_drop_bad_source"] += 1
-            continue
-        if src != last_src:
-            if room > 0:
-                if last_src != _NO_KEY and asked_src == 0:  # nor come from one
-                    asked_src = _ask_ahead(ctx, seed, SOURCE, i, n)
-                room -= fdb.learn(ctx, src, ingress, worker, now_s, tally)
-            else:
-                tally["fdb_refused"] += 1
-            last_src = src
-            if src == last_dst:
-                last_dst = _NO_ADDRESS
         judged = heads + (i + 1) * ETH_SNAPSHOT
         keep_addresses(judged, dst, src)
         frame["eth"] = judged
-        if is_group(dst):
-            if forward_reserved == 0 and is_reserved(dst):
+        if dst != last_dst or src != last_src:
+            last_dst = _NO_ADDRESS
+            if src == _NO_KEY or is_group(src):
                 frame["egress"] = DROP
-                tally["rx_drop_reserved"] += 1
+                tally["rx_drop_bad_source"] += 1
                 continue
-            egress = FLOOD
-        elif dst == last_dst:
-            egress = last_egress
-        else:
-            if last_dst != _NO_ADDRESS and asked_dst == 0:  # not all go to one address
-                asked_dst = _ask_ahead(ctx, seed, DESTINATION, i, n)
-            egress = fdb.lookup(
-                fdb.bucket_of(int(ctx["fdb"]), seed, dst), dst, now_s, ageing_s
-            )
-            if egress == fdb.NOT_FOUND:
+            if src != last_src:
+                if room > 0:
+                    if last_src != _NO_KEY and asked_src == 0:  # nor come from one
+                        asked_src = _ask_ahead(ctx, seed, SOURCE, i, n)
+                    room -= fdb.learn(ctx, src, ingress, worker, now_s, tally)
+                else:
+                    tally["fdb_refused"] += 1
+                last_src = src
+            if is_group(dst):
+                if forward_reserved == 0 and is_reserved(dst):
+                    frame["egress"] = DROP
+                    tally["rx_drop_reserved"] += 1
+                    continue
                 egress = FLOOD
+            else:
+                if i > 0 and asked_dst == 0:  # not all frames go to one address
+                    asked_dst = _ask_ahead(ctx, seed, DESTINATION, i, n)
+                bucket = fdb.bucket_of(int(ctx["fdb"]), seed, dst)
+                egress = fdb.lookup(bucket, dst, now_s, ageing_s)
+            if egress < 0:  # to all, or not known
+                frame["egress"] = FLOOD
+                flooded += 1
+                continue
+            if egress == ingress:
+                frame["egress"] = DROP
+                tally["rx_drop_hairpin"] += 1
+                continue
+            if egress != listed:
+                if listed != _NO_PORT:
+                    store_u64(counts + 8 * listed, count)
+                listed = egress
+                row = _list_of(ctx, egress)
+                count = load_u64(counts + 8 * egress)
+                if count == 0:
+                    store_u64(egresses + 8 * n_egresses, egress)
+                    n_egresses += 1
             last_dst = dst
-            last_egress = egress
-        if egress == FLOOD:
-            frame["egress"] = FLOOD
-            flooded += 1
-            continue
-        if egress == ingress:
-            frame["egress"] = DROP
-            tally["rx_drop_hairpin"] += 1
-            continue
-        frame["egress"] = egress
-        forwarded += 1
-        if egress != listed:
-            if listed != _NO_PORT:
-                store_u64(counts + 8 * listed, count)
-            listed = egress
-            row = _list_of(ctx, egress)
-            count = load_u64(counts + 8 * egress)
-            if count == 0:
-                store_u64(egresses + 8 * n_egresses, egress)
-                n_egresses += 1
+        frame["egress"] = listed
         store_u64(row + 8 * count, i)
         count += 1
+        forwarded += 1
     if listed != _NO_PORT:
         store_u64(counts + 8 * listed, count)
     ctx["offloads"] = offloads
