@@ -26,6 +26,8 @@ _WARM_S: Final = 0.1
 _QUIET_S: Final = 0.1  # after so long nothing more comes
 _MB: Final = 256
 _BUFFERS: Final = 2048  # beside those in rings
+# With testpmd's 32 the generator ends at 15 million frames a second, whoever forwards.
+_BURST: Final = 16
 _TO_ALL: Final = "ff:ff:ff:ff:ff:ff"
 # Neighbours forward to each other, so the order of devices says who is behind whom.
 _SENDER, _RECEIVER = 1, 2
@@ -190,7 +192,7 @@ def _options(
         *(f"--vdev={device}" for device in (source, *drivers, drain)),
     ]
     application = [
-        *("--forward-mode=mac", "--no-flush-rx", f"--mbuf-size={room}"),
-        f"--total-num-mbufs={4 * queue_size + _BUFFERS}",
+        *("--forward-mode=mac", "--no-flush-rx", f"--burst={_BURST}"),
+        *(f"--mbuf-size={room}", f"--total-num-mbufs={4 * queue_size + _BUFFERS}"),
     ]
     return eal, application

@@ -173,6 +173,18 @@ def test_send_takes_what_the_ring_holds_and_no_more(attach):
     assert len(guest.receive(timeout=5.0, at_least=16)) == 16
 
 
+@FORMATS
+def test_what_the_switch_has_not_given_back_is_outstanding(attach, packed):
+    guest = attach(queue_size=16, packed=packed)
+    guest.stop()
+    assert guest.send(frames_of(60, 61, 62)) == 3
+    assert guest.outstanding() == 3
+    guest.start()
+    assert len(guest.receive(timeout=5.0, at_least=3)) == 3
+    guest.wait_sent()
+    assert guest.outstanding() == 0
+
+
 def test_a_frame_larger_than_a_buffer_is_refused(attach):
     guest = attach()
     with pytest.raises(GuestError, match="a buffer holds 2036"):
