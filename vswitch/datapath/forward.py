@@ -92,7 +92,7 @@ def decide(
     heads = int(ctx["heads"])
     counts = int(ctx["counts"])
     egresses = int(ctx["egresses"])
-    last_src = _NO_KEY
+    last_src = _NO_ADDRESS
     last_dst = _NO_ADDRESS  # of a frame before this that went where `listed` says
     listed = _NO_PORT  # the port whose list is at hand: its address, its length
     row = 0
@@ -127,13 +127,13 @@ def decide(
         frame["eth"] = judged
         if dst != last_dst or src != last_src:
             last_dst = _NO_ADDRESS
-            if src == _NO_KEY or is_group(src):
-                frame["egress"] = DROP
-                tally["rx_drop_bad_source"] += 1
-                continue
             if src != last_src:
+                if src == _NO_KEY or is_group(src):
+                    frame["egress"] = DROP
+                    tally["rx_drop_bad_source"] += 1
+                    continue
                 if room > 0:
-                    if last_src != _NO_KEY and asked_src == 0:  # nor come from one
+                    if i > 0 and asked_src == 0:  # nor come from one
                         asked_src = _ask_ahead(ctx, seed, SOURCE, i, n)
                     room -= fdb.learn(ctx, src, ingress, worker, now_s, tally)
                 else:
