@@ -70,6 +70,15 @@ def test_a_switch_that_ends_while_its_workers_start_leaves_nothing(start):
     assert list(switch.run_dir.iterdir()) == []
 
 
+def test_the_manager_is_where_no_worker_is(start):
+    switch = start()
+    theirs = {worker["cpu"] for worker in switch.workers("active")}
+    usable = os.sched_getaffinity(0)
+    assert os.sched_getaffinity(switch.pid) == (usable - theirs or usable)
+    for pid in switch.worker_pids():
+        assert os.sched_getaffinity(pid) <= theirs
+
+
 def test_a_second_manager_is_refused_and_told_of_the_first(start):
     first = start()
     second = Switch(first.directory)
