@@ -108,6 +108,7 @@ CONTEXT: Final = np.dtype(
         ("egresses", "<i8"),  # i8[]: ports with frames
         ("awake", "<i8"),  # u1[]: of the polled rings, which brought frames last time
         ("uring", "<i8"),  # URING, or 0: this worker has none
+        ("clock", "<i8"),  # CLOCK
     ]
 )
 

@@ -37,16 +37,14 @@ from ports.vhost.virtio import NET_HDR_LEN
 from vswitch import lifeline, privileges, syscalls
 from vswitch import shared as segment
 from vswitch.control import protocol
-from vswitch.datapath import fdb, loop, sleep
+from vswitch.datapath import clock, fdb, loop, sleep
 from vswitch.records import WORKER_POLLING
 
 _TURN_NS: Final = 1_000_000
 _SLEEP_MS: Final = 1000  # then the fdb is to age
 _NAP_MS: Final = 1  # as long as there is a ring that nobody kicks
-_EXPIRE_A_S: Final = 1 << 14  # buckets of the fdb, so all of them in eight seconds
-_EXPIRE_LEAST: Final = 64  # at once
 _PROGRESS_S: Final = 0.2
-_LONGEST_WAIT_US: Final = 10_000
+_LONGEST_WAIT_US: Final = 20_000  # longer than it takes to begin to count anew
 
 _log = logging.getLogger(__name__)
 
@@ -80,12 +78,7 @@ class Worker:
         self._no_uring = ""
         self._epoll = select.epoll()
         self._epoll.register(sock.fileno(), select.EPOLLIN)
-        self._bed, self._keep_bed = sleep.make_bed(
-            self._epoll.fileno(), _LONGEST_WAIT_US
-        )
-        self._bed["longest_ms"] = _SLEEP_MS
-        self._next_bucket = 0
-        self._aged_ns = time.monotonic_ns()
+        self._bed, self._keep_bed = sleep.make_bed(self._epoll.fileno(), _SLEEP_MS)
         self._send_lock = threading.Lock()
         self._turn_cycles = 1
         self._handlers: dict[str, Callable[..., object]] = {
@@ -133,17 +126,14 @@ class Worker:
         """Serve until the manager goes away."""
         # Nothing in a turn may wait; what a guest makes wait is interrupted.
         signal.signal(signal.SIGALRM, lambda *_: None)
-        native.set_alarm(int(self._bed["alarm"]))
+        clock.let_alarm_come(self._ctx, _LONGEST_WAIT_US)
         last_frame = time.monotonic_ns()
         bell = 0
         while True:
-            now_s = segment.elapsed_s(self._shared)
             moved = loop.poll_turns(
-                *(self._ctx, self._number, self._polled),
-                *(now_s, self._turn_cycles, bell),
+                self._ctx, self._number, self._polled, self._turn_cycles, bell
             )
             now = time.monotonic_ns()
-            self._age(now, now_s)
             if moved:
                 last_frame = now
             self._report_lost()
@@ -156,16 +146,6 @@ class Worker:
                     *(self._bed, self._turn_cycles),
                 )
                 last_frame = time.monotonic_ns()
-
-    def _age(self, now: int, now_s: int) -> None:
-        """Age the fdb as the time passes; one worker is enough for that."""
-        due = min((now - self._aged_ns) * _EXPIRE_A_S // 10**9, _EXPIRE_A_S)
-        if self._number != 0 or due < _EXPIRE_LEAST:
-            return
-        self._aged_ns = now
-        self._next_bucket = loop.expire(
-            self._ctx, self._next_bucket, due, self._number, now_s
-        )
 
     def _handle_messages(self) -> None:
         while True:

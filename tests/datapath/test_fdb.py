@@ -137,7 +137,7 @@ def test_expiry_returns_what_a_port_used_of_its_limit(plane):
         learn(plane, key, 1, now_s=0)
     begin = 0
     for _ in range(16):
-        begin = loop.expire(plane.ctx, begin, 1 << 13, 0, AGEING_S + 5)
+        begin = fdb.expire(plane.ctx, begin, 1 << 13, 0, AGEING_S + 5)
     assert begin == 0
     assert addresses(plane, 1) == 0
     assert plane.tally(1)["fdb_expired"] == 50

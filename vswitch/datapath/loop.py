@@ -32,7 +32,7 @@ from ports.native import (
 )
 from ports.vhost import virtqueue
 from ports.views import frame_at, port_at, ring_at
-from vswitch.datapath import fdb, forward
+from vswitch.datapath import clock, fdb, forward
 from vswitch.datapath.views import header_at, tally_at, worker_at
 from vswitch.records import WORKER, Shared
 
@@ -41,9 +41,10 @@ _IDLE_PART: Final = 8
 # While frames move, rings that bring none are looked at in so many rounds once, by turns,
 # where there are more than that: what idle guests take is what the others lose.
 _LANES: Final = 8
-# While frames move, what is between turns is done after so many, or when somebody rings:
-# meanwhile no frame moves, and the interpreter may be slow.
-_TURNS: Final = 10
+# While frames move, the interpreter has its turn after so many, or when somebody rings:
+# meanwhile no frame moves, and it may be slow.
+_TURNS: Final = 100
+_TURNS_AN_ALARM: Final = 10
 _WORKER_SIZE: Final = WORKER.itemsize
 _BELL: Final = WORKER.fields["bell"][1] if WORKER.fields else 0
 # A worker number that owns no ring and holds no lock: not -1, as 0 is a free lock.
@@ -58,23 +59,31 @@ def make_context(shared: Shared, worker: int) -> tuple[Record, object]:
         context[0][name] = array.ctypes.data
     records = shared.workers["serving"]
     context[0]["serving"] = records.ctypes.data + worker * records.strides[0]
-    return context[0], (context, shared, scratch)
+    time = clock.make_clock()
+    context[0]["clock"] = time.ctypes.data
+    return context[0], (context, shared, scratch, time)
 
 
 @jit
 def poll_turns(
-    ctx: Record, worker: int, polled: Records, now_s: int, budget: int, bell: int
+    ctx: Record, worker: int, polled: Records, budget: int, bell: int
 ) -> int:
     """Turn after turn, while frames move and nobody has rung since it was `bell`.
+
+    What is due by the clock is done after each.
 
     Returns:
         Frames taken from all rings.
     """
     record = int(ctx["workers"]) + worker * _WORKER_SIZE
     frames = 0
-    for _ in range(_TURNS):
+    for turn in range(_TURNS):
+        if turn % _TURNS_AN_ALARM == 0:
+            clock.start_alarm(ctx)
+        now_s = clock.elapsed_s(ctx)
         moved = poll_turn(ctx, worker, polled, now_s, budget)
         frames += moved
+        clock.age(ctx, worker, now_s)
         if moved == 0 or load_u64(record + _BELL) != bell:
             break
     return frames
@@ -270,12 +279,6 @@ def stop_kicks(ctx: Record, worker: int, polled: Records) -> None:
 
 
 @jit
-def expire(ctx: Record, begin: int, count: int, worker: int, now_s: int) -> int:
-    """Age out a part of the forwarding database; the bucket to go on with."""
-    return fdb.expire(ctx, begin, count, worker, now_s)
-
-
-@jit
 def read_cycles() -> int:
     """The cycle counter that budgets and accounts are in."""
     return rdtsc()
@@ -288,12 +291,11 @@ def warm_up(ctx: Record, worker: int) -> None:
     worker with our number, and the guests' memory is not mapped yet.
     """
     none = np.zeros(0, np.int64)
-    poll_turns(ctx, worker, none, 0, 1, 0)
+    poll_turns(ctx, worker, none, 1, 0)
     start_rings(ctx, _NOBODY)
     repair_rings(ctx, _NOBODY, _NOBODY)
     ask_for_kicks(ctx, worker, none)
     stop_kicks(ctx, worker, none)
-    expire(ctx, 0, 0, worker, 0)
     inject(ctx, worker, 0, 0, 0, 0)
     read_cycles()
     fdb.warm_up(ctx)
