@@ -27,9 +27,9 @@ _FIRST = ("vm", "conformance", "system", "netns")
 def pytest_collection_modifyitems(items):
     """Begin with the longest files, so that none is left to one process at the end.
 
-    Of two processes the second begins with guests of ours: with nothing in the cache it
-    compiles what those run, while the first has the switch compiled. Then it goes on with
-    a switch that is interpreted, or both would compile the same.
+    Of two processes the second takes all that follows while the first has the switch
+    compiled: guests of ours, for which it compiles something else, and a switch that is
+    interpreted. Otherwise both would compile the same.
     """
     here = Path(__file__).parent
 
@@ -41,12 +41,10 @@ def pytest_collection_modifyitems(items):
 
     files = sorted(dict.fromkeys(item.path for item in items), key=rank)
     guests = [path for path in files if folder(path) == "guest"][-2:]
-    for place, path in enumerate(guests):
-        files.remove(path)
-        files.insert(2 * place + 1, path)
     interpreted = here / "vm/test_vhost_net.py"
-    if interpreted in files:
-        files.remove(interpreted)
-        files.insert(2 * len(guests), interpreted)
+    for place, path in enumerate((*guests, interpreted), start=1):
+        if path in files:
+            files.remove(path)
+            files.insert(place, path)
     order = {path: number for number, path in enumerate(files)}
     items.sort(key=lambda item: order[item.path])
