@@ -44,7 +44,7 @@ _TURN_NS: Final = 1_000_000
 _SLEEP_MS: Final = 1000  # then the fdb is to age
 _NAP_MS: Final = 1  # as long as there is a ring that nobody kicks
 _PROGRESS_S: Final = 0.2
-_LONGEST_WAIT_US: Final = 20_000  # longer than it takes to begin to count anew
+_LONGEST_WAIT_US: Final = 20_000  # of a call; in ten turns it is begun anew
 
 _log = logging.getLogger(__name__)
 
