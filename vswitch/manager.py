@@ -332,9 +332,8 @@ def _make_way(options: argparse.Namespace) -> None:
     What we do several times a second takes a third of a millisecond, and a ring may be
     full after some microseconds. Workers that were started before compiled everywhere.
     """
-    cpus = options.cpus
-    theirs = {cpus[number % len(cpus)] for number in range(options.workers)}
-    if others := os.sched_getaffinity(0) - theirs:
+    theirs = options.cpus[: options.workers]
+    if others := os.sched_getaffinity(0).difference(theirs):
         os.sched_setaffinity(0, others)
 
 
