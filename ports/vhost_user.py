@@ -460,10 +460,10 @@ class VhostUserPort:
         early = not session.features_known and self._is_new()
         self._left_early = self._left_early + 1 if early else 0
         await self._applied.leave(session)
+        await self._host.flush(self._slot, also_static=False)
         close_fds(session.take_retired())
         self._session = None
         self._keep()
-        await self._host.flush(self._slot, also_static=False)
 
     def _quarantine(self, reason: str) -> None:
         """Part from a front-end that took away what we had from it."""

@@ -7,9 +7,10 @@ after which nobody uses what was there before.
 
 A worker's death is heard of through its lifeline, or its pidfd. Its rings change owner
 in the shared records, the heir repairs and polls them, and a replacement starts as the
-new spare. A death while answers are due counts as an answer: the dead use nothing. What a
-worker left behind stays on a list until somebody has repaired it and lived to say so; the
-heir may die too. A worker that hangs is killed, and then is a dead one.
+new spare. A death while answers are due counts as an answer: the dead use nothing; what
+one worker alone was to do, another does. What a worker left behind stays on a list until
+somebody has repaired it and lived to say so; the heir may die too. A worker that hangs is
+killed, and then is a dead one.
 """
 
 import asyncio
@@ -401,15 +402,17 @@ class Workers:
 
     async def change_fdb(self, verb: str, *arguments: int) -> int:
         """Let one worker change the forwarding database; what the change returned."""
-        return int(await self._tell(self._anybody(), "fdb", verb, list(arguments)))
+        return await self._have_done("fdb", verb, list(arguments))
 
     async def flush(self, slot: int, *, also_static: bool) -> int:
-        """Forget what lives behind a port (all ports: -1)."""
+        """Forget what lives behind a port (all ports: -1); how many addresses."""
+        if not also_static and not self._ready():
+            return 0  # a port whose front-end leaves cannot wait; learned ones age
         return await self.change_fdb("flush", slot, int(also_static), 0, FDB_BUCKETS)
 
     async def announce(self, slot: int, address: bytes) -> None:
         """Let one worker tell every port that `address` lives behind port `slot`."""
-        await self._tell(self._anybody(), "inject", slot, rarp.frame(address))
+        await self._have_done("inject", slot, rarp.frame(address))
 
     def owner_for(self, slot: int, pair: int) -> int:
         """The worker that is to serve a queue pair: the one that polls the fewest.
@@ -443,8 +446,15 @@ class Workers:
         self, word: str, argument: object, fds: Sequence[int] = ()
     ) -> int:
         """Tell every ready worker and wait for all; the smallest result."""
-        answers = [self._tell(p, word, argument, fds=fds) for p in self._ready()]
-        return min(await asyncio.gather(*answers), default=0)
+        told = [self._tell(p, word, argument, fds=fds) for p in self._ready()]
+        answers = await asyncio.gather(*told)
+        return min((answer or 0 for answer in answers), default=0)
+
+    async def _have_done(self, word: str, *arguments: object) -> int:
+        """Let one worker do something, and another if it dies meanwhile; the result."""
+        while (done := await self._tell(self._anybody(), word, *arguments)) is None:
+            pass
+        return int(done)
 
     def _tell(
         self, process: _Process, word: str, *arguments: object, fds: Sequence[int] = ()
@@ -545,7 +555,7 @@ class Workers:
 
     def _check_mapped(self, mapped: _Mapped, answer: "asyncio.Future[Any]") -> None:
         """A worker that cannot map what the others have sees zeroes there."""
-        if answer.result() < 0 and mapped.mapping.addr in self._mappings:
+        if (answer.result() or 0) < 0 and mapped.mapping.addr in self._mappings:
             mapped.lost()
 
     # --- renewal: what `renewal.py` is made of ---
@@ -719,7 +729,7 @@ class Workers:
         record["state"], record["role"] = WORKER_NONE, 0
         for answer in process.due.values():
             if not answer.done():
-                answer.set_result(0)
+                answer.set_result(None)
 
     def _later(
         self,

@@ -51,6 +51,25 @@ def test_a_worker_that_hangs_is_killed_and_its_rings_are_served_again(
     exchange_both_ways(a, b)
 
 
+@pytest.mark.parametrize(
+    ("command", "arguments", "answer", "known"),
+    [
+        ("fdb_add", {"mac": "02:00:00:00:00:77", "ifname": "a"}, {}, 3),
+        ("fdb_flush", {"ifname": "a"}, {"flushed": 1}, 1),
+    ],
+)
+def test_what_a_worker_was_told_when_it_hung_another_does(
+    net, command, arguments, answer, known
+):
+    exchange_both_ways(net.guest("a"), net.guest("b"))
+    net.switch.wait_for_workers(1, 1)
+    (worker,) = net.switch.workers("active")
+    os.kill(worker["pid"], signal.SIGSTOP)
+    assert net.switch.ask(command, **arguments) == answer
+    assert len(net.switch.ask("fdb_show")) == known
+    assert worker["pid"] not in net.switch.worker_pids()
+
+
 def test_spares_that_sleep_do_not_hang_unless_they_are_stopped(net):
     net.switch.wait_for_workers(1, 1)
     (spare,) = net.switch.workers("spare")
