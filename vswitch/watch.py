@@ -27,6 +27,7 @@ PERIOD_S: Final = 0.05
 _INTERPRETED: Final = os.environ.get("NUMBA_DISABLE_JIT", "0") not in {"", "0"}
 LONGEST_S: Final = 10.0 if _INTERPRETED else 0.5
 _MOST_S: Final = 2 * PERIOD_S  # of a look
+_REST: Final = 10  # periods from one look at a sleeper to the next
 
 _STATES: Final = {
     "R": "running",
@@ -67,6 +68,7 @@ class Account:
         self.blocked_s = 0.0
         self._last: Seen | None = None
         self._turns = -1
+        self._rest = 0
 
     def turned(self, turns: int) -> bool:
         """Whether there was a turn since this was asked last, so nothing is to be noted.
@@ -79,10 +81,16 @@ class Account:
         self._last = None  # the next look begins a new account
         return True
 
+    def rests(self, *, asleep: bool) -> bool:
+        """Whether it sleeps by its own account, as a look has found not long ago."""
+        self._rest = self._rest - 1 if asleep and self._rest else 0
+        return self._rest > 0
+
     def note(self, seen: Seen) -> bool:
-        """Note a look at a worker that has not `turned`; whether it hangs."""
+        """Note a look at a worker that has not `turned` nor `rests`; whether it hangs."""
         last, self._last = self._last, seen
         sleeps = seen.asleep and seen.thread.state == _ASLEEP
+        self._rest = _REST if sleeps else 0
         if last is None or sleeps:
             self.on_cpu_s = self.blocked_s = 0.0
             return False
@@ -107,9 +115,14 @@ class Account:
         )
 
 
+def is_asleep(record: np.void) -> bool:
+    """Whether a worker sleeps, by its WORKER record."""
+    return int(record["state"]) == WORKER_SLEEPING
+
+
 def look_at(pid: int, record: np.void) -> Seen | None:
     """Look at a worker by its pid and WORKER record; None if it is gone."""
-    asleep = int(record["state"]) == WORKER_SLEEPING
+    asleep = is_asleep(record)
     threads = Path(f"/proc/{pid}/task")
     try:
         thread = _read(threads / str(pid))

@@ -607,10 +607,13 @@ class Workers:
             await asyncio.sleep(watch.PERIOD_S)
             for process in self._ready():
                 record = self._shared.workers[process.number]
-                if process.hangs or process.account.turned(int(record["turns"])):
+                account = process.account
+                if process.hangs or account.turned(int(record["turns"])):
+                    continue
+                if account.rests(asleep=watch.is_asleep(record)):
                     continue
                 seen = watch.look_at(process.pid, record)
-                if seen and process.account.note(seen):
+                if seen and account.note(seen):
                     self._end_hang(process)
 
     def _end_hang(self, process: _Process) -> None:

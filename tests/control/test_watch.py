@@ -93,3 +93,23 @@ def test_whoever_has_turned_is_not_even_looked_at():
     assert account.turned(6)
     assert not looks(account, LOOKS, state="R", cpu=1.0)
     assert looks(account, 2, state="R", cpu=1.0)
+
+
+def test_whoever_sleeps_is_looked_at_twice_a_second():
+    account = begin()
+    assert not account.rests(asleep=True)  # by its own account alone
+    assert not looks(account, 1, state="S", asleep=True)
+    periods = int(0.5 / PERIOD_S)
+    rested = [account.rests(asleep=True) for _ in range(periods)]
+    assert rested == [True] * (periods - 1) + [False]
+
+
+def test_whoever_is_awake_or_was_stopped_does_not_rest():
+    account = begin()
+    for asleep, state in ((False, "S"), (True, "T")):
+        assert not looks(account, 1, state="S", asleep=True)
+        assert not looks(account, 1, state=state, asleep=asleep)
+        assert not account.rests(asleep=True)
+    assert not looks(account, 1, state="S", asleep=True)
+    assert not account.rests(asleep=False)
+    assert not account.rests(asleep=True)
