@@ -17,7 +17,7 @@ from typing import Final, NamedTuple
 from bench import machine, testpmd
 from bench.daemon import START_S
 from bench.machine import Place
-from bench.peers import System
+from bench.peers import System, Work
 from bench.traffic import CountsError, Load, Slice, check
 from vswitch.guest.traffic import Totals
 
@@ -92,17 +92,14 @@ class Pair:
             with self._running():
                 time.sleep(_WARM_S)
                 waited, work = self._waited(), system.work()
-                before = self._counts()
-                time.sleep(seconds)
-                slice_ = self._counts().since(before)
+                slice_ = self._moved(seconds)
                 work = system.work().since(work)
                 waited = self._waited() - waited
-            self._settle()
-            whole, whole_work = self._counts().since(first), system.work()
+            whole, whole_work = self._all_since(first, first_work)
         near = max(near, machine.round_trip_ns(place.other, place.cpu))
         lost = whole.sent - whole.received
         totals = Totals(whole.sent, whole.received, lost=lost)
-        check(system.name, totals, whole_work.since(first_work))
+        check(system.name, totals, whole_work)
         return Slice(
             slice_.received / slice_.at / 1e6,
             lost / max(whole.sent, 1),
@@ -112,6 +109,29 @@ class Pair:
             waited / slice_.at,
         )
 
+    def _moved(self, seconds: float) -> Counts:
+        """What comes in so long; longer, if nobody who is to move it has a processor."""
+        before, deadline = self._counts(), time.monotonic() + START_S
+        time.sleep(seconds)
+        while not (moved := self._counts().since(before)).received:
+            self._expect_frames_by(deadline)
+        return moved
+
+    def _expect_frames_by(self, deadline: float) -> None:
+        if time.monotonic() > deadline:
+            message = f"{self._system.name} forwards nothing within {START_S:.0f} s"
+            raise CountsError(message)
+
+    def _all_since(self, first: Counts, first_work: Work) -> tuple[Counts, Work]:
+        """What was sent, once the switch has taken it, and what that was by its counts."""
+        deadline = time.monotonic() + START_S
+        while True:
+            self._settle()
+            whole = self._counts().since(first)
+            work = self._system.work().since(first_work)
+            if work.frames in {None, whole.sent} or time.monotonic() > deadline:
+                return whole, work
+
     def _introduce(self) -> None:
         """Let both say who they are until both have heard each other."""
         ask = self._pmd.ask
@@ -119,9 +139,7 @@ class Pair:
         ask("set fwd rxonly")
         deadline = time.monotonic() + START_S
         while not self._both_have_heard():
-            if time.monotonic() > deadline:
-                message = f"{self._system.name} forwards nothing within {START_S:.0f} s"
-                raise CountsError(message)
+            self._expect_frames_by(deadline)
             ask("start tx_first 1")  # a burst of each
             ask("stop")
         self._settle()

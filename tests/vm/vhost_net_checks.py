@@ -11,6 +11,7 @@ import hashlib
 import os
 import signal
 import socket
+import subprocess
 import sys
 import threading
 import traceback
@@ -61,9 +62,18 @@ class Wire:
         return {name: self.switch.counters(name) for name in (NEAR, FAR)}
 
     def ping(self, name):
-        """Ping from behind one tap to behind the other."""
+        """Ping from behind one tap to behind the other until there is an answer.
+
+        Where the machine has no time for us, the question for an address is given up.
+        """
         target = ADDRESSES[other(name)][0]
-        self.sides[name].run(BUSYBOX, "ping", "-c", "2", "-W", "20", target)
+
+        def is_answered():
+            with suppress(subprocess.CalledProcessError):
+                self.sides[name].run(BUSYBOX, "ping", "-c", "1", "-W", "20", target)
+                return True
+
+        wait_for(is_answered, f"an answer from {target}", PATIENCE_S)
 
     def stream(self, name, version, data):
         """Start a transfer from behind a tap to the other one; how to await its end."""

@@ -11,7 +11,7 @@ import signal
 import socket
 import subprocess
 from collections.abc import Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
 from typing import IO, Final, NamedTuple, Self
@@ -123,17 +123,17 @@ class QemuGuest:
         Raises:
             VswitchError: It is not by the deadline; what QEMU said is in the text.
         """
-        try:
+        with self._explained():
             self._shell.wait_ready(timeout)
-        except VswitchError as error:
-            said = self.qemu_log.read_text(errors="replace").strip()
-            console = self.console_log.read_bytes()[-300:].decode(errors="replace")
-            detail = "; ".join(text for text in (said, console.strip()) if text)
-            raise VswitchError(f"{error}; {detail}" if detail else str(error)) from None
 
     def run(self, command: str, timeout: float = _COMMAND_S) -> Result:
-        """Run a line of shell in the guest."""
-        return self._shell.run(command, timeout)
+        """Run a line of shell in the guest.
+
+        Raises:
+            VswitchError: It does not end by the deadline; what QEMU said is in the text.
+        """
+        with self._explained():
+            return self._shell.run(command, timeout)
 
     def check(self, command: str, timeout: float = _COMMAND_S) -> str:
         """Run a line of shell that must succeed; return what it said.
@@ -264,6 +264,17 @@ class QemuGuest:
         for pipe in _pipes(self._process):
             with suppress(OSError):  # unsent input of a dead guest
                 pipe.close()
+
+    @contextmanager
+    def _explained(self) -> Iterator[None]:
+        """Add what QEMU and the guest's kernel said to an error of the shell."""
+        try:
+            yield
+        except VswitchError as error:
+            said = self.qemu_log.read_text(errors="replace").strip()
+            console = self.console_log.read_bytes()[-300:].decode(errors="replace")
+            detail = "; ".join(text for text in (said, console.strip()) if text)
+            raise VswitchError(f"{error}; {detail}" if detail else str(error)) from None
 
     def __enter__(self) -> Self:
         return self
