@@ -18,7 +18,7 @@ from typing import Final, NamedTuple
 
 from bench import machine
 from bench.machine import Place
-from bench.traffic import Streams, check, waited_s
+from bench.traffic import Streams, agreed, waited_s
 from vswitch.guest.traffic import Totals
 
 PARTS: Final = ("10", "50", "90")  # per cent of the rate without loss
@@ -103,5 +103,5 @@ def _run(it: Streams, mpps: float, seconds: float) -> Totals:
     it.pace(mpps)
     before = it.system.work()
     totals = it.send(seconds, _LINGER_S)
-    check(it.system.name, totals, it.system.work().since(before))
+    agreed(it, totals, before)
     return totals

@@ -9,6 +9,7 @@ from bench import paced
 from bench.__main__ import main
 from bench.judge import TOO_NOISY, Spread, compare_rates, compare_times
 from bench.peers import Work
+from bench.traffic import Load
 from tests.bench.made_up import searches
 from vswitch.guest.traffic import Totals
 
@@ -21,7 +22,7 @@ class Limited:
     """Streams through a system that loses what is beyond its limit, in Mpps."""
 
     def __init__(self, limit, generator=100.0, unlucky=()):
-        self.system = SimpleNamespace(name="limited", work=Work)
+        self.system, self.load = SimpleNamespace(name="limited", work=Work), Load()
         self._limit, self._generator, self._unlucky = limit, generator, unlucky
         self.tried = []
 
