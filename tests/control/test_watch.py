@@ -71,7 +71,7 @@ def test_work_and_waiting_add_up_and_a_turn_clears_both():
     assert not looks(account, 1, state="R", turns=1)
     assert not looks(account, LOOKS - 1, state="R", cpu=1.0)
     assert looks(account, 2, state="R", cpu=1.0)
-    assert "on a CPU for 0.5" in str(account)
+    assert f"on a CPU for {LONGEST_S:.1f}" in str(account)
     assert "state R (running)" in str(account)
 
 
