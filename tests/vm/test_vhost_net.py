@@ -2,8 +2,9 @@
 
 The guest sees this machine's files and runs the switch from them. Its processor is QEMU's
 interpreter, for which nothing is compiled here, so Numba is off: a frame takes a
-hundredth of a second, and seven checks share the guest. What they are, and what is wrong
-when one fails, is in `vhost_net_checks`.
+hundredth of a second, and seven checks share the guest. It has one processor, or it would
+have both of this machine's, and on a loaded one they wait for each other. What the checks
+are, and what is wrong when one fails, is in `vhost_net_checks`.
 """
 
 import shlex
@@ -48,7 +49,7 @@ cp /bin/busybox /host{BUSYBOX}
 @pytest.fixture(scope="module")
 def outcomes(tmp_path_factory):
     """What each check said, by its name."""
-    machine = Machine("host", None, processors=2, memory_mib=1024, host_files=True)
+    machine = Machine("host", None, memory_mib=1024, host_files=True)
     image = prepare_image(RECIPE)
     with QemuGuest(image, machine, tmp_path_factory.mktemp("vhost-net")) as guest:
         guest.wait_ready()

@@ -21,7 +21,7 @@ from pathlib import Path
 from bench.namespace import Namespace
 from tests.switch import Switch, dropped, short_directory, wait_for
 
-OPTIONS = ("--workers", "2", "--spares", "0", "--cpus", "0,1", "--idle-us", "20000")
+OPTIONS = ("--workers", "2", "--spares", "0", "--cpus", "0,0", "--idle-us", "20000")
 NEAR, FAR = "near", "far"
 ADDRESSES = {NEAR: ("10.77.0.1", "fd77::1"), FAR: ("10.77.0.2", "fd77::2")}
 BYTES = 1 << 20
