@@ -70,6 +70,19 @@ def test_what_a_worker_was_told_when_it_hung_another_does(
     assert worker["pid"] not in net.switch.worker_pids()
 
 
+def test_a_front_end_may_leave_while_there_is_no_worker(own_net):
+    net = own_net("--spares", 0)
+    a, b = net.guest("a"), net.guest("b")
+    exchange_both_ways(a, b)
+    (worker,) = net.switch.workers("active")
+    os.kill(worker["pid"], signal.SIGSTOP)  # the first that it is told, it hangs at
+    b.disconnect()
+    net.switch.wait_for_state("b", "waiting-for-frontend")
+    net.switch.wait_for_workers(1, 0)
+    b.open()
+    exchange_both_ways(a, b)
+
+
 def test_spares_that_sleep_do_not_hang_unless_they_are_stopped(net):
     net.switch.wait_for_workers(1, 1)
     (spare,) = net.switch.workers("spare")
