@@ -124,5 +124,5 @@ class Host(Protocol):
     async def announce(self, slot: int, address: bytes) -> None:
         """Tell every port that `address` (6 bytes) lives behind port `slot` from now."""
 
-    async def flush(self, slot: int, *, also_static: bool) -> int:
-        """Forget the addresses behind a port."""
+    async def forget(self, slot: int) -> None:
+        """Forget the addresses that were learned behind a port. Never fails."""

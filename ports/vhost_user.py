@@ -460,7 +460,7 @@ class VhostUserPort:
         early = not session.features_known and self._is_new()
         self._left_early = self._left_early + 1 if early else 0
         await self._applied.leave(session)
-        await self._host.flush(self._slot, also_static=False)
+        await self._host.forget(self._slot)
         close_fds(session.take_retired())
         self._session = None
         self._keep()

@@ -406,17 +406,17 @@ class Workers:
 
     async def flush(self, slot: int, *, also_static: bool) -> int:
         """Forget what lives behind a port (all ports: -1); how many addresses."""
-        try:
-            every = 0, FDB_BUCKETS
-            return await self.change_fdb("flush", slot, int(also_static), *every)
-        except VswitchError:  # there is nobody to do it
-            if also_static:
-                raise
-            return 0  # a port whose front-end leaves cannot wait; learned ones age
+        return await self.change_fdb("flush", slot, int(also_static), 0, FDB_BUCKETS)
+
+    async def forget(self, slot: int) -> None:
+        """Forget what was learned behind a port; with no worker to do it, that ages."""
+        with contextlib.suppress(VswitchError):
+            await self.flush(slot, also_static=False)
 
     async def announce(self, slot: int, address: bytes) -> None:
-        """Let one worker tell every port that `address` lives behind port `slot`."""
-        await self._have_done("inject", slot, rarp.frame(address))
+        """Let one worker, if there is one, tell every port where `address` lives now."""
+        with contextlib.suppress(VswitchError):
+            await self._have_done("inject", slot, rarp.frame(address))
 
     def owner_for(self, slot: int, pair: int) -> int:
         """The worker that is to serve a queue pair: the one that polls the fewest.

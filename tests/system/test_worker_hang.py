@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.switch import RefusedError
 from tests.system.net import Stream, exchange_both_ways
 from vswitch import shared
 
@@ -81,6 +82,16 @@ def test_a_front_end_may_leave_while_there_is_no_worker(own_net):
     net.switch.wait_for_workers(1, 0)
     b.open()
     exchange_both_ways(a, b)
+
+
+def test_a_flush_that_nobody_can_do_is_refused(own_net):
+    net = own_net("--spares", 0)
+    exchange_both_ways(net.guest("a"), net.guest("b"))
+    (worker,) = net.switch.workers("active")
+    os.kill(worker["pid"], signal.SIGSTOP)
+    with pytest.raises(RefusedError, match="no worker is running"):
+        net.switch.ask("fdb_flush", ifname="a")
+    net.switch.wait_for_workers(1, 0)
 
 
 def test_spares_that_sleep_do_not_hang_unless_they_are_stopped(net):
