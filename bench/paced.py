@@ -103,5 +103,4 @@ def _run(it: Streams, mpps: float, seconds: float) -> Totals:
     it.pace(mpps)
     before = it.system.work()
     totals = it.send(seconds, _LINGER_S)
-    agreed(it, totals, before)
-    return totals
+    return agreed(it, totals, before)[0]

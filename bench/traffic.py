@@ -142,9 +142,7 @@ class Streams:
             _announce(guest, spread(guest.mac, self.load.addresses))
         deadline = time.monotonic() + START_S
         while not self._is_known():
-            if time.monotonic() > deadline:
-                message = f"{self.system.name} forwards nothing within {START_S:.0f} s"
-                raise CountsError(message)
+            expect_frames_by(deadline, self.system.name)
             self.send(_TRIAL_S)
             # Other threads of the system share this processor, and have to learn, too.
             time.sleep(_TRIAL_S)
@@ -228,7 +226,7 @@ def measure(it: Streams, place: Place, seconds: float) -> Slice:
         waited = waited_s(system, place)
         totals = it.send(seconds)
         waited = waited_s(system, place) - waited
-        work = agreed(it, totals, before)
+        totals, work = agreed(it, totals, before)
     near = max(near, machine.round_trip_ns(place.other, place.cpu))
     due = max(totals.sent * it.load.copies, 1)
     return Slice(
@@ -305,28 +303,50 @@ def waited_s(system: System, place: Place) -> float:
     return machine.own_wait_s() + machine.waited_s(system.group, place.cpu)
 
 
-def agreed(it: Streams, totals: Totals, before: Work) -> Work:
-    """What the system has counted since then, when that agrees with `totals`.
-
-    One that has taken frames may have had no processor to pass them on for longer than we
-    linger; `totals` get those that come now.
+def agreed(it: Streams, totals: Totals, before: Work) -> tuple[Totals, Work]:
+    """What came of the frames of `totals` by both sides' counts, the system's since then.
 
     Raises:
-        CountsError: It does not come to agree.
+        CountsError: They do not come to agree.
+    """
+
+    def counts() -> Iterator[tuple[Totals, Work]]:
+        while True:
+            yield totals, it.system.work().since(before)
+            late = it.send(0.0)
+            for name in _LATE:
+                setattr(totals, name, getattr(totals, name) + getattr(late, name))
+
+    return first_agreeing(it.system.name, counts(), it.load.copies)
+
+
+def first_agreeing(
+    name: str, counts: Iterator[tuple[Totals, Work]], copies: int = 1
+) -> tuple[Totals, Work]:
+    """The first of these counts of two sides, taken one after the other, that agree.
+
+    A system that has taken frames may have had no processor to pass them on yet.
+
+    Raises:
+        CountsError: None do in some seconds.
     """
     deadline = time.monotonic() + _PATIENCE_S
     while True:
-        work = it.system.work().since(before)
+        totals, work = next(counts)
         try:
-            check(it.system.name, totals, work, it.load.copies)
+            check(name, totals, work, copies)
         except CountsError:
             if time.monotonic() > deadline:
                 raise
         else:
-            return work
-        late = it.send(0.0)
-        for name in _LATE:
-            setattr(totals, name, getattr(totals, name) + getattr(late, name))
+            return totals, work
+
+
+def expect_frames_by(deadline: float, name: str) -> None:
+    """Stop when it is later than that, and the system forwards nothing still."""
+    if time.monotonic() > deadline:
+        message = f"{name} forwards nothing within {START_S:.0f} s"
+        raise CountsError(message)
 
 
 def check(name: str, totals: Totals, work: Work, copies: int = 1) -> None:

@@ -18,7 +18,7 @@ from bench import machine, testpmd
 from bench.daemon import START_S
 from bench.machine import Place
 from bench.peers import System, Work
-from bench.traffic import CountsError, Load, Slice, check
+from bench.traffic import Load, Slice, expect_frames_by, first_agreeing
 from vswitch.guest.traffic import Totals
 
 NAME: Final = "DPDK's generator"
@@ -95,14 +95,12 @@ class Pair:
                 slice_ = self._moved(seconds)
                 work = system.work().since(work)
                 waited = self._waited() - waited
-            whole, whole_work = self._all_since(first, first_work)
+            counts = self._counts_since(first, first_work)
+            totals, _ = first_agreeing(system.name, counts)
         near = max(near, machine.round_trip_ns(place.other, place.cpu))
-        lost = whole.sent - whole.received
-        totals = Totals(whole.sent, whole.received, lost=lost)
-        check(system.name, totals, whole_work)
         return Slice(
             slice_.received / slice_.at / 1e6,
-            lost / max(whole.sent, 1),
+            totals.lost / max(totals.sent, 1),
             None,
             None if work.cycles is None else work.cycles / max(slice_.sent, 1),
             near,
@@ -114,23 +112,19 @@ class Pair:
         before, deadline = self._counts(), time.monotonic() + START_S
         time.sleep(seconds)
         while not (moved := self._counts().since(before)).received:
-            self._expect_frames_by(deadline)
+            expect_frames_by(deadline, self._system.name)
         return moved
 
-    def _expect_frames_by(self, deadline: float) -> None:
-        if time.monotonic() > deadline:
-            message = f"{self._system.name} forwards nothing within {START_S:.0f} s"
-            raise CountsError(message)
-
-    def _all_since(self, first: Counts, first_work: Work) -> tuple[Counts, Work]:
-        """What was sent, once the switch has taken it, and what that was by its counts."""
-        deadline = time.monotonic() + START_S
+    def _counts_since(
+        self, first: Counts, first_work: Work
+    ) -> Iterator[tuple[Totals, Work]]:
+        """What was sent since then and came of it, by both sides' counts, ever anew."""
         while True:
             self._settle()
             whole = self._counts().since(first)
-            work = self._system.work().since(first_work)
-            if work.frames in {None, whole.sent} or time.monotonic() > deadline:
-                return whole, work
+            lost = whole.sent - whole.received
+            totals = Totals(whole.sent, whole.received, lost=lost)
+            yield totals, self._system.work().since(first_work)
 
     def _introduce(self) -> None:
         """Let both say who they are until both have heard each other."""
@@ -139,7 +133,7 @@ class Pair:
         ask("set fwd rxonly")
         deadline = time.monotonic() + START_S
         while not self._both_have_heard():
-            self._expect_frames_by(deadline)
+            expect_frames_by(deadline, self._system.name)
             ask("start tx_first 1")  # a burst of each
             ask("stop")
         self._settle()

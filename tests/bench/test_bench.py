@@ -1,5 +1,6 @@
 """The whole bench for a moment: every row is there, and no frame is unaccounted for."""
 
+import itertools
 import json
 import re
 from contextlib import closing
@@ -183,6 +184,19 @@ def test_counts_that_do_not_agree_are_no_figure(work, harm):
 @pytest.mark.parametrize("work", [Work(10, 8, 2), Work(10), Work()], ids=str)
 def test_counts_that_agree_are(work):
     traffic.check("somebody", Totals(sent=10, received=8, lost=2), work)
+
+
+def test_counts_are_taken_until_they_agree():
+    late, whole = Totals(sent=10, received=7), Totals(sent=10, received=10)
+    counts = iter([(late, Work(7, 7)), (late, Work(10, 10)), (whole, Work(10, 10))])
+    assert traffic.first_agreeing("somebody", counts) == (whole, Work(10, 10))
+
+
+def test_counts_that_never_agree_are_no_figure(monkeypatch):
+    monkeypatch.setattr(traffic, "_PATIENCE_S", 0.0)
+    never = itertools.repeat((Totals(sent=10, received=8), Work(10, 9, 1)))
+    with pytest.raises(traffic.CountsError, match=r"somebody: the counts"):
+        traffic.first_agreeing("somebody", never)
 
 
 @pytest.mark.parametrize(
